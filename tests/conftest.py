@@ -1,0 +1,45 @@
+"""What every test shares: one thread, one seed, and the folders of real data where they exist."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """One thread and fixed seeds, so that a test gives the same figures alone and in company."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real images and public checkpoints: the folder that DFQLIB_DATA names, else ../shared/data."""
+    path = Path(os.environ.get("DFQLIB_DATA") or SHARED / "data")
+    if not path.is_dir():
+        pytest.skip(f"real data absent: no folder {path} (set DFQLIB_DATA to one)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Values computed with the methods' released code: official.npz and official.json."""
+    path = SHARED / "reference"
+    if not (path / "official.npz").is_file():
+        pytest.skip(f"reference values absent: no {path / 'official.npz'}")
+    return path
