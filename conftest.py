@@ -1,0 +1,16 @@
+"""For every pytest run, notebooks included: one thread, and nbval's sanitize file found from anywhere."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Sums differ in the last digit between thread counts, and the notebooks' outputs were made with one.
+    # Kernels inherit the environment.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sanitize = config.getoption("nbval_sanitize_with")
+    if sanitize:
+        config.option.nbval_sanitize_with = str(config.rootpath / sanitize)
