@@ -1,0 +1,260 @@
+"""What a network remembers of its training data: the running statistics of its BatchNorm layers."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from dfqlib.errors import InputError
+
+RECIPES_WITHOUT_BATCHNORM = ("dafl", "dfad", "equalize")
+
+
+class _BatchStatistics(torch.autograd.Function):
+    """Mean and biased variance of each channel, with a hand-written gradient.
+
+    The statistics of a dozen feature maps are half the cost of synthesizing images on a CPU: autograd through
+    ``torch.var_mean`` takes 3 to 10 times as long as these two passes and the one fused pass back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        dims = [0, *range(2, x.dim())]
+        mean = x.mean(dims)
+        var = (x - _as_channels(mean, x)).square_().mean(dims)  # two passes: E[x^2] - E[x]^2 cancels badly
+        ctx.save_for_backward(x, mean)
+        return mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        grad_mean, grad_var = grads
+        count = x.numel() // x.shape[1]
+        slope = 2.0 / count * grad_var
+        offset = grad_mean / count - slope * mean
+        return torch.addcmul(_as_channels(offset, x), x, _as_channels(slope, x))
+
+
+def _as_channels(per_channel: Tensor, like: Tensor) -> Tensor:
+    return per_channel.view(1, -1, *([1] * (like.dim() - 2)))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInput:
+    """What entered one BatchNorm layer in the last forward pass, beside what the layer has stored.
+
+    Attributes:
+        name: qualified name of the layer in the model.
+        input: the layer's input, shape (batch, channels) or (batch, channels, height, width).
+        stored_mean: running mean, shape (channels,).
+        stored_var: running variance, shape (channels,).
+        eps: what the layer adds to a variance before it divides by its root.
+    """
+
+    name: str
+    input: Tensor
+    stored_mean: Tensor
+    stored_var: Tensor
+    eps: float
+
+    def statistics(self, per_sample: bool = False, unbiased: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each channel of the input, differentiable; both in one pass over the tensor.
+
+        Args:
+            per_sample: take them over each image alone instead of over the batch.
+            unbiased: divide the squares by n - 1 instead of n.
+
+        Returns:
+            Two tensors of shape (channels,), or (batch, channels) when ``per_sample``.
+
+        Raises:
+            InputError: the unbiased variance of a single value is asked for.
+        """
+        batch, channels = self.input.shape[:2]
+        count = self.input.numel() // (channels if not per_sample else batch * channels)
+        if unbiased and count < 2:
+            raise InputError(
+                f"unbiased=True needs two values per channel and layer {self.name!r} has one: use a larger batch"
+            )
+        if per_sample:
+            values = self.input.reshape(batch, channels, -1)
+            mean = values.mean(2)
+            var = (values - mean.unsqueeze(2)).square().mean(2)
+        else:
+            mean, var = _BatchStatistics.apply(self.input)
+        return mean, var * (count / (count - 1)) if unbiased else var
+
+    def mean(self, per_sample: bool = False) -> Tensor:
+        """Mean of each channel: shape (channels,), or (batch, channels) when ``per_sample``."""
+        return self.statistics(per_sample)[0]
+
+    def var(self, per_sample: bool = False, unbiased: bool = False) -> Tensor:
+        """Variance of each channel: shape (channels,), or (batch, channels) when ``per_sample``."""
+        return self.statistics(per_sample, unbiased)[1]
+
+
+class BatchNormProbe:
+    """Sees what enters every BatchNorm layer while a model runs.
+
+    The layers themselves are hooked, so a convolution without BatchNorm, a layer that is called twice or one defined
+    out of order cannot be paired with the wrong statistics. Only references are kept: statistics are computed when
+    asked for. Each forward pass of the model replaces the records of the one before.
+
+    Example:
+        >>> with BatchNormProbe(model) as probe:
+        ...     logits = model(images)
+        ...     loss = bn_norm_loss(probe)
+
+    Taught in notebook 03.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._layers = layers(model)
+        if not self._layers:
+            raise InputError(
+                "model has no BatchNorm layer with running statistics: there is nothing to probe"
+            )
+        self._records: list[tuple[str, _BatchNorm, Tensor, int]] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "BatchNormProbe":
+        self._handles = [self._model.register_forward_pre_hook(lambda *_: self._records.clear())]
+        self._handles += [
+            layer.register_forward_pre_hook(self._recorder(name)) for name, layer in self._layers.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _recorder(self, name: str) -> Any:
+        def record(layer: _BatchNorm, args: tuple[Tensor, ...]) -> None:
+            self._records.append((name, layer, args[0], _version(args[0])))
+
+        return record
+
+    def __len__(self) -> int:
+        """Number of BatchNorm inputs seen in the last forward pass."""
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[LayerInput]:
+        """The inputs of the last forward pass, in the order the layers ran.
+
+        Raises:
+            InputError: no forward pass was seen, or an input has been overwritten since.
+        """
+        if not self._records:
+            raise InputError(
+                "probe is empty: call the model inside `with BatchNormProbe(model) as probe:` first"
+            )
+        for name, layer, x, version in self._records:
+            if _version(x) != version:
+                raise InputError(
+                    f"input of layer {name!r} was overwritten in place: set inplace=False in what follows it"
+                )
+            assert layer.running_mean is not None and layer.running_var is not None
+            yield LayerInput(name, x, layer.running_mean, layer.running_var, layer.eps)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers of a model that hold running statistics, by name, in the order of definition."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.running_mean is not None
+        and module.running_var is not None
+    }
+
+
+def require(model: nn.Module, recipe: str) -> None:
+    """Check that a model has the BatchNorm statistics that a recipe reads.
+
+    Raises:
+        InputError: it has none; the message names the recipes that need none.
+    """
+    if not layers(model):
+        others = ", ".join(repr(name) for name in RECIPES_WITHOUT_BATCHNORM)
+        raise InputError(
+            f"recipe={recipe!r} reads BatchNorm statistics and model has no such layer: use a recipe that needs none ({others})"
+        )
+
+
+def _stay_in_eval(layer: nn.Module, _: object) -> None:
+    if layer.training:
+        layer.eval()
+
+
+def freeze(model: nn.Module) -> None:
+    """Fix the running statistics of a model's BatchNorm layers, in place and for good.
+
+    The layers normalize with the stored statistics from now on, whatever ``model.train()`` is called later: a student
+    fine-tuned in training mode would otherwise drift to the statistics of the synthetic images. Scale and shift remain
+    trainable. Freezing twice does nothing more.
+    """
+    for layer in layers(model).values():
+        layer.eval()
+        if _stay_in_eval not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_stay_in_eval)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A copy of a model with each BatchNorm layer folded into the convolution or linear layer before it.
+
+    In evaluation mode BatchNorm is an affine map of each channel, so the outputs stay the same to rounding. A layer whose
+    input has another consumer, or that follows something else, is left as it is.
+
+    Args:
+        model: any network that ``torch.fx`` can trace; not modified.
+
+    Returns:
+        The folded network in evaluation mode.
+
+    Raises:
+        InputError: the network cannot be traced.
+
+    Taught in notebook 09.
+    """
+    try:
+        traced = torch.fx.symbolic_trace(copy.deepcopy(model).eval())
+    except Exception as error:  # whatever data-dependent code in the model raises
+        raise InputError(f"model cannot be traced by torch.fx, which folding needs: {error}") from error
+    modules = dict(traced.named_modules())
+    calls = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+    for node in list(traced.graph.nodes):
+        source = node.args[0] if node.args else None
+        if node.op != "call_module" or not isinstance(source, torch.fx.Node) or source.op != "call_module":
+            continue
+        name, source_name = str(node.target), str(source.target)
+        layer, before = modules[name], modules[source_name]
+        if not isinstance(layer, _BatchNorm) or layer.running_mean is None:
+            continue
+        if len(source.users) > 1 or calls.count(name) > 1 or calls.count(source_name) > 1:
+            continue
+        if isinstance(before, nn.Linear):
+            folded: nn.Module = fuse_linear_bn_eval(before, layer)
+        elif isinstance(before, nn.modules.conv._ConvNd):
+            transposed = isinstance(before, nn.modules.conv._ConvTransposeNd)
+            folded = fuse_conv_bn_eval(before, layer, transpose=transposed)
+        else:
+            continue
+        traced.set_submodule(source_name, folded)
+        node.replace_all_uses_with(source)
+        traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced

@@ -1,0 +1,140 @@
+"""How far the statistics inside the network are from those it has stored."""
+
+import torch
+from torch import Tensor
+
+from dfqlib.batchnorm import BatchNormProbe
+from dfqlib.errors import InputError
+
+
+def bn_norm_loss(probe: BatchNormProbe, reduction: str = "mean") -> Tensor:
+    """Distance of the batch's statistics from the stored ones, norms not squared (DeepInversion, Eq. 4).
+
+    Computes ``||mu_hat - mu||_2 + ||v_hat - v||_2`` for each layer, with the biased variance. Without the squares a layer
+    that is already close keeps a gradient of full length, and one far off does not drown the others.
+
+    Args:
+        probe: a probe that has seen a forward pass.
+        reduction: "mean" over the layers (the express recipe), or their "sum" (the paper).
+
+    Returns:
+        Scalar tensor, differentiable in the network's input.
+
+    Raises:
+        InputError: ``reduction`` is unknown, or the probe is empty.
+
+    Taught in notebook 05.
+    """
+    if reduction not in ("mean", "sum"):
+        raise InputError(f"reduction={reduction!r} is unknown: use 'mean' or 'sum'")
+    terms = []
+    for layer in probe:
+        mean, var = layer.statistics()
+        terms.append((mean - layer.stored_mean).norm() + (var - layer.stored_var).norm())
+    total = torch.stack(terms).sum()
+    return total / len(terms) if reduction == "mean" else total
+
+
+def bn_divergence_loss(probe: BatchNormProbe) -> Tensor:
+    """Statistics term of DFQF (Eq. 7), as its released code computes it.
+
+    Computes ``sum_l mean_c[v_hat - v log v_hat + (mu_hat - mu)^2]`` with the unbiased variance ``v_hat``. It is smallest,
+    and not zero, where the statistics agree.
+
+    Args:
+        probe: a probe that has seen a forward pass.
+
+    Returns:
+        Scalar tensor, differentiable in the network's input.
+
+    Taught in notebook 03.
+    """
+    total = torch.zeros(())
+    for layer in probe:
+        mean, var = layer.statistics(unbiased=True)
+        log_var = var.clamp_min(layer.eps).log()  # a dead channel must not make the loss infinite
+        total = (
+            total.to(var) + (var - layer.stored_var * log_var + (mean - layer.stored_mean).square()).mean()
+        )
+    return total
+
+
+def bn_l2_loss(probe: BatchNormProbe, variant: str = "paper") -> Tensor:
+    """Squared distance of the batch's statistics from the stored ones (GDFQ, Eq. 5).
+
+    Computes ``||mu_hat - mu||^2 + ||v_hat - v||^2`` for each layer, with the biased variance.
+
+    Args:
+        probe: a probe that has seen a forward pass.
+        variant: "paper" sums over channels and layers; "released" averages over both, as the authors' code does.
+
+    Returns:
+        Scalar tensor, differentiable in the network's input.
+
+    Raises:
+        InputError: ``variant`` is unknown, or the probe is empty.
+
+    Taught in notebook 03.
+    """
+    if variant not in ("paper", "released"):
+        raise InputError(f"variant={variant!r} is unknown: use 'paper' or 'released'")
+    terms = []
+    for layer in probe:
+        mean, var = layer.statistics()
+        gaps = (mean - layer.stored_mean).square() + (var - layer.stored_var).square()
+        terms.append(gaps.sum() if variant == "paper" else gaps.mean())
+    stacked = torch.stack(terms)
+    return stacked.sum() if variant == "paper" else stacked.mean()
+
+
+def bn_gaussian_kl_loss(probe: BatchNormProbe) -> Tensor:
+    """Kullback-Leibler divergence between Gaussians of the batch's and the stored statistics (DFQF Eq. 6, AKD).
+
+    Computes ``sum_l sum_c [(v_hat + (mu_hat - mu)^2) / (2 v) - log(v_hat / v) / 2 - 1/2]``; zero where they agree. Variances
+    below a layer's eps count as eps, as they do for the layer itself.
+
+    Args:
+        probe: a probe that has seen a forward pass.
+
+    Returns:
+        Scalar tensor, differentiable in the network's input.
+
+    Taught in notebook 03.
+    """
+    terms = []
+    for layer in probe:
+        mean, var = layer.statistics()
+        var, stored_var = var.clamp_min(layer.eps), layer.stored_var.clamp_min(layer.eps)
+        gap = (mean - layer.stored_mean).square()
+        terms.append(((var + gap) / (2 * stored_var) - 0.5 * (var / stored_var).log() - 0.5).sum())
+    return torch.stack(terms).sum()
+
+
+def zeroq_loss(probe: BatchNormProbe, images: Tensor) -> Tensor:
+    """Statistics term of ZeroQ: each image alone is to have the stored mean and standard deviation.
+
+    Computes ``sum_l mean_n(||mu_n - mu||^2 + ||sigma_n - sigma||^2)``, with the unbiased variance as the released code has
+    it, plus the same for the images themselves against mean 0 and deviation 1. A layer without spatial extent is left
+    out: one image has no deviation there.
+
+    Args:
+        probe: a probe that has seen a forward pass of ``images``.
+        images: the network's input, shape (batch, channels, height, width).
+
+    Returns:
+        Scalar tensor, differentiable in ``images``.
+
+    Taught in notebook 05.
+    """
+    values = images.flatten(2)
+    total = _sample_gap(values.mean(2), values.var(2), torch.zeros(()), torch.ones(()))
+    for layer in probe:
+        if layer.input.dim() > 2:
+            mean, var = layer.statistics(per_sample=True, unbiased=True)
+            total = total + _sample_gap(mean, var, layer.stored_mean, layer.stored_var)
+    return total
+
+
+def _sample_gap(mean: Tensor, var: Tensor, stored_mean: Tensor, stored_var: Tensor) -> Tensor:
+    std, stored_std = (var + 1e-6).sqrt(), (stored_var + 1e-6).sqrt()  # the root's gradient is infinite at 0
+    return ((mean - stored_mean).square() + (std - stored_std).square()).sum(1).mean()
