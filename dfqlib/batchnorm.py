@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,8 +20,9 @@ RECIPES_WITHOUT_BATCHNORM = ("dafl", "dfad", "equalize")
 class _BatchStatistics(torch.autograd.Function):
     """Mean and biased variance of each channel, with a hand-written gradient.
 
-    The statistics of a dozen feature maps are half the cost of synthesizing images on a CPU: autograd through
-    ``torch.var_mean`` takes 3 to 10 times as long as these two passes and the one fused pass back.
+    The statistics of a dozen feature maps are half the cost of synthesizing images on a CPU: autograd
+    through ``torch.var_mean`` takes 3 to 10 times as long as these two passes and the one fused pass
+    back.
     """
 
     @staticmethod
@@ -81,7 +83,7 @@ class LayerInput:
         count = self.input.numel() // (channels if not per_sample else batch * channels)
         if unbiased and count < 2:
             raise InputError(
-                f"unbiased=True needs two values per channel and layer {self.name!r} has one: use a larger batch"
+                f"layer {self.name!r} has one value per channel: unbiased=True needs two or more"
             )
         if per_sample:
             values = self.input.reshape(batch, channels, -1)
@@ -103,9 +105,10 @@ class LayerInput:
 class BatchNormProbe:
     """Sees what enters every BatchNorm layer while a model runs.
 
-    The layers themselves are hooked, so a convolution without BatchNorm, a layer that is called twice or one defined
-    out of order cannot be paired with the wrong statistics. Only references are kept: statistics are computed when
-    asked for. Each forward pass of the model replaces the records of the one before.
+    The layers themselves are hooked, so a convolution without BatchNorm, a layer that is called twice or
+    one defined out of order cannot be paired with the wrong statistics. Only references are kept:
+    statistics are computed when asked for. Each forward pass of the model replaces the records of the one
+    before.
 
     Example:
         >>> with BatchNormProbe(model) as probe:
@@ -120,7 +123,7 @@ class BatchNormProbe:
         self._layers = layers(model)
         if not self._layers:
             raise InputError(
-                "model has no BatchNorm layer with running statistics: there is nothing to probe"
+                "model has no BatchNorm layer with running statistics to probe: give one that has"
             )
         self._records: list[tuple[str, _BatchNorm, Tensor, int]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -160,9 +163,10 @@ class BatchNormProbe:
         for name, layer, x, version in self._records:
             if _version(x) != version:
                 raise InputError(
-                    f"input of layer {name!r} was overwritten in place: set inplace=False in what follows it"
+                    f"input of layer {name!r} was overwritten: set inplace=False in its other consumers"
                 )
-            assert layer.running_mean is not None and layer.running_var is not None
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
             yield LayerInput(name, x, layer.running_mean, layer.running_var, layer.eps)
 
 
@@ -190,7 +194,7 @@ def require(model: nn.Module, recipe: str) -> None:
     if not layers(model):
         others = ", ".join(repr(name) for name in RECIPES_WITHOUT_BATCHNORM)
         raise InputError(
-            f"recipe={recipe!r} reads BatchNorm statistics and model has no such layer: use a recipe that needs none ({others})"
+            f"recipe={recipe!r} reads BatchNorm statistics and model has none: use a recipe without them ({others})"
         )
 
 
@@ -202,9 +206,9 @@ def _stay_in_eval(layer: nn.Module, _: object) -> None:
 def freeze(model: nn.Module) -> None:
     """Fix the running statistics of a model's BatchNorm layers, in place and for good.
 
-    The layers normalize with the stored statistics from now on, whatever ``model.train()`` is called later: a student
-    fine-tuned in training mode would otherwise drift to the statistics of the synthetic images. Scale and shift remain
-    trainable. Freezing twice does nothing more.
+    The layers normalize with the stored statistics from now on, whatever ``model.train()`` is called
+    later: a student fine-tuned in training mode would otherwise drift to the statistics of the synthetic
+    images. Scale and shift remain trainable. Freezing twice does nothing more.
     """
     for layer in layers(model).values():
         layer.eval()
@@ -215,8 +219,8 @@ def freeze(model: nn.Module) -> None:
 def fold(model: nn.Module) -> nn.Module:
     """A copy of a model with each BatchNorm layer folded into the convolution or linear layer before it.
 
-    In evaluation mode BatchNorm is an affine map of each channel, so the outputs stay the same to rounding. A layer whose
-    input has another consumer, or that follows something else, is left as it is.
+    In evaluation mode BatchNorm is an affine map of each channel, so the outputs stay the same to
+    rounding. A layer whose input has another consumer, or that follows something else, is left as it is.
 
     Args:
         model: any network that ``torch.fx`` can trace; not modified.

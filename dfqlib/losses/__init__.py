@@ -1,4 +1,4 @@
-"""Every loss term of the methods, one short pure function each; lower is better unless a docstring says otherwise."""
+"""Every loss term of the methods, one short pure function each; lower is better unless it says otherwise."""
 
 from dfqlib.losses.outputs import distillation_loss, inception_score_loss
 from dfqlib.losses.statistics import (

@@ -26,7 +26,7 @@ def inception_score_loss(logits: Tensor, alpha: float = 40.0) -> Tensor:
 
 
 def confidence_loss(logits: Tensor) -> Tensor:
-    """Mean entropy of the class probabilities of each image, in nats: ``mean_x H(softmax(logits))`` (AKD, DFQF).
+    """Mean entropy of each image's class probabilities, in nats: ``mean_x H(softmax(logits))`` (AKD, DFQF).
 
     Args:
         logits: shape (batch, classes).
@@ -41,7 +41,7 @@ def confidence_loss(logits: Tensor) -> Tensor:
 
 
 def batch_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the batch's mean class probabilities, in nats: ``H(mean_x softmax(logits))`` (AKD, DFQF, DAFL).
+    """Entropy of the mean class probabilities, in nats: ``H(mean_x softmax(logits))`` (AKD, DFQF, DAFL).
 
     Args:
         logits: shape (batch, classes).
@@ -61,8 +61,8 @@ def distillation_loss(
 ) -> Tensor:
     """Divergence of the student's class probabilities from the teacher's (DFQF Eq. 2, GDFQ Eq. 8).
 
-    Computes ``KL(softmax(teacher / T) || softmax(student / T)) * T^2``, the mean over the batch. The factor keeps the
-    gradient's size independent of the temperature.
+    Computes ``KL(softmax(teacher / T) || softmax(student / T)) * T^2``, the mean over the batch. The
+    factor keeps the gradient's size independent of the temperature.
 
     Args:
         student: student logits, shape (batch, classes).
@@ -80,7 +80,8 @@ def distillation_loss(
     """
     if student.shape != teacher.shape:
         raise InputError(
-            f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}: give logits of the same batch and classes"
+            f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}: "
+            "give logits of the same images and classes"
         )
     if not temperature > 0:
         raise InputError(f"temperature={temperature} must be positive, for example 1.0")

@@ -10,8 +10,9 @@ from dfqlib.errors import InputError
 def bn_norm_loss(probe: BatchNormProbe, reduction: str = "mean") -> Tensor:
     """Distance of the batch's statistics from the stored ones, norms not squared (DeepInversion, Eq. 4).
 
-    Computes ``||mu_hat - mu||_2 + ||v_hat - v||_2`` for each layer, with the biased variance. Without the squares a layer
-    that is already close keeps a gradient of full length, and one far off does not drown the others.
+    Computes ``||mu_hat - mu||_2 + ||v_hat - v||_2`` for each layer, with the biased variance. Without the
+    squares a layer that is already close keeps a gradient of full length, and one far off does not drown
+    the others.
 
     Args:
         probe: a probe that has seen a forward pass.
@@ -38,8 +39,8 @@ def bn_norm_loss(probe: BatchNormProbe, reduction: str = "mean") -> Tensor:
 def bn_divergence_loss(probe: BatchNormProbe) -> Tensor:
     """Statistics term of DFQF (Eq. 7), as its released code computes it.
 
-    Computes ``sum_l mean_c[v_hat - v log v_hat + (mu_hat - mu)^2]`` with the unbiased variance ``v_hat``. It is smallest,
-    and not zero, where the statistics agree.
+    Computes ``sum_l mean_c[v_hat - v log v_hat + (mu_hat - mu)^2]`` with the unbiased variance ``v_hat``.
+    It is smallest, and not zero, where the statistics agree.
 
     Args:
         probe: a probe that has seen a forward pass.
@@ -66,7 +67,8 @@ def bn_l2_loss(probe: BatchNormProbe, variant: str = "paper") -> Tensor:
 
     Args:
         probe: a probe that has seen a forward pass.
-        variant: "paper" sums over channels and layers; "released" averages over both, as the authors' code does.
+        variant: "paper" sums over channels and layers; "released" averages over both, as the authors'
+            code does.
 
     Returns:
         Scalar tensor, differentiable in the network's input.
@@ -88,10 +90,10 @@ def bn_l2_loss(probe: BatchNormProbe, variant: str = "paper") -> Tensor:
 
 
 def bn_gaussian_kl_loss(probe: BatchNormProbe) -> Tensor:
-    """Kullback-Leibler divergence between Gaussians of the batch's and the stored statistics (DFQF Eq. 6, AKD).
+    """Divergence between Gaussians of the batch's and of the stored statistics (DFQF, Eq. 6; AKD).
 
-    Computes ``sum_l sum_c [(v_hat + (mu_hat - mu)^2) / (2 v) - log(v_hat / v) / 2 - 1/2]``; zero where they agree. Variances
-    below a layer's eps count as eps, as they do for the layer itself.
+    The Kullback-Leibler divergence ``sum_l sum_c [(v_hat + (mu_hat - mu)^2) / (2 v) - log(v_hat / v) / 2 - 1/2]``; zero where
+    they agree. Variances below a layer's eps count as eps, as they do for the layer itself.
 
     Args:
         probe: a probe that has seen a forward pass.
@@ -113,9 +115,9 @@ def bn_gaussian_kl_loss(probe: BatchNormProbe) -> Tensor:
 def zeroq_loss(probe: BatchNormProbe, images: Tensor) -> Tensor:
     """Statistics term of ZeroQ: each image alone is to have the stored mean and standard deviation.
 
-    Computes ``sum_l mean_n(||mu_n - mu||^2 + ||sigma_n - sigma||^2)``, with the unbiased variance as the released code has
-    it, plus the same for the images themselves against mean 0 and deviation 1. A layer without spatial extent is left
-    out: one image has no deviation there.
+    Computes ``sum_l mean_n(||mu_n - mu||^2 + ||sigma_n - sigma||^2)``, with the unbiased variance as the
+    released code has it, plus the same for the images themselves against mean 0 and deviation 1. A layer
+    without spatial extent is left out: one image has no deviation there.
 
     Args:
         probe: a probe that has seen a forward pass of ``images``.
