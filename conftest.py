@@ -11,6 +11,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # Sums differ in the last digit between thread counts, and the notebooks' outputs were made with one.
     # Kernels inherit the environment.
     os.environ["OMP_NUM_THREADS"] = "1"
-    sanitize = config.getoption("nbval_sanitize_with")
+    sanitize = config.getoption("nbval_sanitize_with", default=None)
     if sanitize:
         config.option.nbval_sanitize_with = str(config.rootpath / sanitize)
