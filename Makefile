@@ -1,0 +1,56 @@
+# make tutorial   run every notebook, write build/tutorial/index.html
+# make test       lint, types, unit tests, notebooks against their committed outputs
+# make lab        open the notebooks in JupyterLab
+# make refresh    run the notebooks again in place and keep the new outputs
+#
+# Each makes .venv first. Another interpreter: make test PYTHON=python3.12
+# Parameters of the notebooks: make tutorial ARGS="-p bits w2a2"
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.stamp
+EXTRAS := notebooks,export,test,dev
+AT_LEAST_3_11 := import sys; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: help install tutorial test lab refresh clean
+
+help:
+	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
+
+install: $(STAMP)
+
+# The interpreter of an .venv that is already there is kept. One made without pip (uv) or cut short gets its pip.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+	  $(PYTHON) -c '$(AT_LEAST_3_11)' || { \
+	    echo "dfqlib needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	      "Name another: make PYTHON=python3.12 …" >&2; exit 1; }; \
+	  echo "Making .venv with $$($(PYTHON) --version)"; \
+	  $(PYTHON) -m venv .venv || { \
+	    echo "Could not make .venv (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }; \
+	fi
+	@$(BIN)/python -c '$(AT_LEAST_3_11)' || { \
+	  echo ".venv has $$($(BIN)/python --version), dfqlib needs 3.11 or newer: remove .venv and run make again." >&2; \
+	  exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null
+	@echo "Installing dfqlib and what it needs into .venv (about a minute, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+tutorial: $(STAMP)
+	$(BIN)/python tools/tutorial.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --nbval tests notebooks
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
+
+refresh: $(STAMP)
+	$(BIN)/python tools/refresh.py $(ARGS)
+
+clean:
+	rm -rf build .mypy_cache .pytest_cache .ruff_cache
