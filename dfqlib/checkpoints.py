@@ -1,8 +1,8 @@
 """Read weights from a file safely and put them into a network.
 
-A PyTorch checkpoint is a pickle, and a pickle is a program. Files are opened with ``weights_only=True``, which refuses
-whatever is not tensors and plain containers *before* running it. Nothing is written into the model until the whole file
-has been read and found to fit.
+A PyTorch checkpoint is a pickle, and a pickle is a program. Files are opened with ``weights_only=True``,
+which refuses whatever is not tensors and plain containers *before* running it. Nothing is written into the
+model until the whole file has been read and found to fit.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dfqlib.errors import InputError, NonFiniteError
 
-# Training scripts wrap the weights under one of these keys, and wrappers (DataParallel, torch.compile, Lightning)
+# Scripts keep the weights under one of these keys, and wrappers (DataParallel, torch.compile, Lightning)
 # put one of these prefixes before every name.
 _WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 _NAME_PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -28,8 +28,8 @@ _NAME_PREFIXES = ("module.", "_orig_mod.", "model.")
 def load_checkpoint(model: nn.Module, path: str | PathLike[str], *, sha256: str | None = None) -> nn.Module:
     """Load the weights of ``path`` into ``model``, any architecture of yours.
 
-    Reads ``torch.save`` files (old and new format) and safetensors; finds the state dict inside a training checkpoint and
-    strips the prefixes of ``DataParallel``, ``torch.compile`` and Lightning.
+    Reads ``torch.save`` files (old and new format) and safetensors; finds the state dict inside a training
+    checkpoint and strips the prefixes of ``DataParallel``, ``torch.compile`` and Lightning.
 
     Args:
         model: network to fill, changed in place and put into eval mode.
@@ -69,7 +69,8 @@ def read_state_dict(path: str | PathLike[str], *, sha256: str | None = None) -> 
         Name to tensor, in the file's order.
 
     Raises:
-        InputError: the file is missing, empty, a folder, truncated, refused, of another hash, or holds no state dict.
+        InputError: the file is missing, empty, a folder, truncated, refused, of another hash, or without a
+            state dict.
     """
     path = Path(path)
     what = f'checkpoint="{path}"'
@@ -118,7 +119,7 @@ def _read(file: io.BufferedReader, what: str) -> Any:
 
             return load(file.read())
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - a damaged file fails anywhere in the unpickler, with almost anything
+    except Exception as error:  # a damaged file fails anywhere in the unpickler, with almost anything
         remedy = "save it again with torch.save(model.state_dict(), path)"
         foreign = _foreign_object(error, start)
         if foreign:
@@ -150,7 +151,8 @@ def _find_state_dict(content: Any, what: str) -> dict[str, Tensor]:
         content = inner
     found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
     raise InputError(
-        f"{what} holds no state dict (found: {found or 'nothing'}); save it with torch.save(model.state_dict(), path)"
+        f"{what} holds no state dict (found: {found or 'nothing'}); "
+        "save it with torch.save(model.state_dict(), path)"
     )
 
 
@@ -181,18 +183,16 @@ def _require_fit(
     ]
     if problems:
         raise InputError(
-            f"{what} does not fit {architecture}: {'; '.join(problems)}; name the architecture it was trained with"
+            f"{what} does not fit {architecture}: {'; '.join(problems)}; "
+            "name the architecture it was trained with"
         )
 
 
 def _describe(tensor: Tensor) -> str:
-    """Shape, and what else would keep a tensor from being copied: half precision is fine, integers and sparse are not."""
-    plain = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
-    kind = (
-        ""
-        if plain and tensor.is_floating_point()
-        else f" {tensor.dtype}"
-        if plain
-        else f" {tensor.layout}, not plain"
-    )
-    return f"{tuple(tensor.shape)}{kind}"
+    """Shape, and what would keep the values from being copied: half precision is fine, int8 is not."""
+    shape = str(tuple(tensor.shape))
+    if tensor.is_meta:
+        return f"{shape} without values"
+    if tensor.layout is not torch.strided:
+        return f"{shape} {tensor.layout}"
+    return shape if tensor.is_floating_point() else f"{shape} {tensor.dtype}"

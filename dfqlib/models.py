@@ -1,8 +1,8 @@
 """Networks with known checkpoints: ResNet-8 for digits and the ResNets of He et al. for CIFAR-10.
 
->>> teacher = load_model("digits_resnet8")                                       # bundled
->>> teacher = load_model("cifar10_resnet20")                                     # downloaded once, hash checked
->>> teacher = load_model("cifar10_resnet20", checkpoint="resnet20-12fca82f.th")  # a file you have
+>>> teacher = load_model("digits_resnet8")                      # bundled
+>>> teacher = load_model("cifar10_resnet20")                    # downloaded once, hash checked
+>>> teacher = load_model("cifar10_resnet20", checkpoint=path)   # a file you have
 
 A network of your own needs none of this: build it and call :func:`load_checkpoint`.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dfqlib.checkpoints import load_checkpoint, normalize_sha256
+from dfqlib.data import CIFAR10_CLASSES, DIGIT_CLASSES, NORMALIZATION
 from dfqlib.errors import InputError
 from dfqlib.resnet import CifarResNet, ResNet8
 
@@ -54,14 +55,15 @@ class ModelInfo:
 
 
 def _cifar10(depth: int, sha256: str, top1: float) -> ModelInfo:
+    mean, std = NORMALIZATION["cifar10"]
     repository = "https://github.com/akamaster/pytorch_resnet_cifar10"
     return ModelInfo(
         name=f"cifar10_resnet{depth}",
         build=partial(CifarResNet, depth),
         image_shape=(3, 32, 32),
-        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
+        classes=CIFAR10_CLASSES,
+        mean=mean,
+        std=std,
         url=f"{repository}/raw/master/pretrained_models/resnet{depth}-{sha256[:8]}.th",
         sha256=sha256,
         published_top1=top1,
@@ -74,9 +76,9 @@ _MODELS = (
         name="digits_resnet8",
         build=ResNet8,
         image_shape=(1, 16, 16),
-        classes=tuple("0123456789"),
-        mean=(0.3053,),
-        std=(0.3391,),
+        classes=DIGIT_CLASSES,
+        mean=NORMALIZATION["digits"][0],
+        std=NORMALIZATION["digits"][1],
         url=None,
         sha256=None,
         published_top1=None,
@@ -113,15 +115,16 @@ def load_model(
 
     Args:
         name: one of :func:`names`.
-        checkpoint: a file, or an https URL together with ``sha256``. None takes the bundled file, or fetches the
-            registered URL once into torch.hub's cache.
+        checkpoint: a file, or an https URL together with ``sha256``. None takes the bundled file, or fetches
+            the registered URL once into torch.hub's cache.
         sha256: expected SHA-256 of the checkpoint in hex, or its first 8 or more digits.
 
     Returns:
-        The network; its images are ``(B, *info(name).image_shape)``, normalized by ``info(name).mean`` and ``.std``.
+        The network; its images are ``(B, *info(name).image_shape)``, normalized by ``info(name).mean`` and
+        ``info(name).std``.
 
     Raises:
-        InputError: unknown name, no network to fetch from, or a file that :func:`load_checkpoint` does not take.
+        InputError: unknown name, nothing to fetch from, or a file that :func:`load_checkpoint` does not take.
         NonFiniteError: a weight is NaN or infinite.
 
     Taught in notebook 07.

@@ -1,4 +1,4 @@
-"""The residual networks of He et al. 2016 for small images: CIFAR's ResNet-20 to 56, and ResNet-8 for digits."""
+"""Residual networks of He et al. 2016 for small images: ResNet-20 to 56 for CIFAR, ResNet-8 for digits."""
 
 from collections.abc import Callable
 
@@ -51,7 +51,9 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of basic blocks, each stage at half the resolution of the one before (He et al. 2016, section 4.2).
+    """Three stages of basic blocks, each at half the resolution of the one before.
+
+    He et al. 2016, section 4.2.
 
     Args:
         blocks: blocks in a stage; the depth is ``6 * blocks + 2``.
@@ -109,7 +111,7 @@ class CifarResNet(ResNet):
 
 
 class ResNet8(ResNet):
-    """The digits teacher: ResNet-8 for 16x16 images of one channel, 44 thousand parameters, learned shortcuts."""
+    """The digits teacher: 16x16 images of one channel, 44,014 parameters, learned shortcuts."""
 
     def __init__(self) -> None:
         super().__init__(1, (12, 24, 48), 1, 10, projection_shortcut)

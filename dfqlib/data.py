@@ -1,0 +1,282 @@
+"""Images to evaluate on: scikit-learn's digits, torchvision's sets, folders of images, and a toy set.
+
+A loader gives ``(images, labels)`` in a fixed order, images normalized as the teacher expects them:
+``(x - mean) / std`` per channel with x in [0, 1]. Quantization itself needs none of this.
+"""
+
+import os
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dfqlib._torchvision import import_torchvision
+from dfqlib.errors import InputError
+
+__all__ = ["NORMALIZATION", "ImageDataset", "image_folder", "images_and_labels", "load_data", "toy_boundary"]
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+DIGIT_CLASSES = tuple("0123456789")
+DIGITS_TEST_IMAGES = 500
+
+# Mean and standard deviation per channel, as the networks of models.py or the literature's were trained with.
+NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "digits": ((0.3052,), (0.3185,)),
+    "mnist": ((0.1307,), (0.3081,)),
+    "cifar10": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+}
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Images kept as bytes and normalized when they are read.
+
+    Attributes:
+        images: uint8, shape (N, C, H, W).
+        labels: int64, shape (N,), positions in ``classes``.
+        classes: names of the classes.
+        mean: subtracted from each channel of an image in [0, 1]; shape (C, 1, 1).
+        std: what each channel is then divided by; shape (C, 1, 1).
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        classes: Sequence[str],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        _require_normalization(mean, std)
+        if len(mean) != images.shape[1]:
+            raise InputError(
+                f"mean={tuple(mean)} has {len(mean)} channels, the images {images.shape[1]}; give one each"
+            )
+        self.images, self.labels, self.classes = images, labels, tuple(classes)
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Normalized image (C, H, W) and its label."""
+        return (self.images[index].float() / 255 - self.mean) / self.std, int(self.labels[index])
+
+
+def load_data(
+    name: str,
+    split: str = "test",
+    *,
+    data_root: str | PathLike[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    classes: Sequence[str] | None = None,
+    batch_size: int = 256,
+) -> DataLoader[tuple[Tensor, int]]:
+    """A data set by name, in its fixed order.
+
+    Args:
+        name: "digits" (needs no download), "mnist", "cifar10", "cifar100", "svhn", or "folder:<path>".
+        split: "train" or "test". A folder is one split already, whatever is said here.
+        data_root: where torchvision's sets lie or are downloaded to; None takes the environment variable
+            DFQLIB_DATA, or else ``~/.cache/dfqlib``.
+        mean: per channel, of images in [0, 1]; None takes ``NORMALIZATION[name]``. A folder needs it given.
+        std: likewise.
+        classes: for a folder, see :func:`image_folder`.
+        batch_size: images in a batch.
+
+    Returns:
+        DataLoader over an :class:`ImageDataset`; batches of images (B, C, H, W) and labels (B,).
+
+    Raises:
+        InputError: unknown name or split, nothing on disk and no network, a folder without mean and std.
+
+    Taught in notebook 07.
+    """
+    if split not in ("train", "test"):
+        raise InputError(f'split="{split}" is unknown; take "train" or "test"')
+    if name.startswith("folder:"):
+        if mean is None or std is None:
+            raise InputError(f'dataset="{name}" needs mean= and std=, those the network was trained with')
+        return image_folder(name.removeprefix("folder:"), mean, std, batch_size, classes)
+    if name not in NORMALIZATION:
+        raise InputError(
+            f'dataset="{name}" is unknown; known are {", ".join(NORMALIZATION)} and "folder:<path>"'
+        )
+    images, labels, own_classes = (
+        _digits(split) if name == "digits" else _from_torchvision(name, split, data_root)
+    )
+    own_mean, own_std = NORMALIZATION[name]
+    dataset = ImageDataset(
+        images, labels, own_classes, own_mean if mean is None else mean, own_std if std is None else std
+    )
+    return DataLoader(dataset, batch_size)
+
+
+def image_folder(
+    path: str | PathLike[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 256,
+    classes: Sequence[str] | None = None,
+) -> DataLoader[tuple[Tensor, int]]:
+    """Images laid out as ``<class>/<image>``, ordered by class and file name, all decoded into memory once.
+
+    Args:
+        path: the folder that holds one folder per class.
+        mean: per channel, of images in [0, 1]. One value reads the images as grey, three as RGB.
+        std: likewise.
+        batch_size: images in a batch.
+        classes: all class names in the order of the network's outputs; the folder may hold only some of them.
+            None labels by the sorted folder names.
+
+    Returns:
+        DataLoader over an :class:`ImageDataset`.
+
+    Raises:
+        InputError: a missing or empty folder or class, a folder that is no class, a file that is no image,
+            images of different sizes.
+
+    Taught in notebook 07.
+    """
+    _require_normalization(mean, std)
+    what = f'image folder "{path}"'
+    if not Path(path).is_dir():
+        raise InputError(f"{what} does not exist; give a folder that holds <class>/<image>")
+    try:
+        found = import_torchvision().datasets.ImageFolder(str(path))
+    except OSError as error:
+        raise InputError(f"{what}: {error}; it must hold <class>/<image>") from None
+    names = tuple(found.classes if classes is None else classes)
+    unknown = [c for c in found.classes if c not in names]
+    if unknown:
+        raise InputError(
+            f"{what} holds {', '.join(unknown[:5])}, not among classes= ({', '.join(names[:10])}, …)"
+        )
+    position = [names.index(c) for c in found.classes]
+    images = _decode([Path(file) for file, _ in found.samples], "L" if len(mean) == 1 else "RGB")
+    labels = torch.tensor([position[folder] for _, folder in found.samples])
+    return DataLoader(ImageDataset(images, labels, names, mean, std), batch_size)
+
+
+def images_and_labels(
+    loader: DataLoader[tuple[Tensor, int]], limit: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The loader's images (N, C, H, W) and labels (N,) as two tensors, the first ``limit`` of them.
+
+    Raises:
+        InputError: ``limit`` is below 1, or the loader is empty.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit} must be at least 1, or None for all images")
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    count = 0
+    for batch_images, batch_labels in loader:
+        images.append(batch_images)
+        labels.append(batch_labels)
+        count += len(batch_images)
+        if limit is not None and count >= limit:
+            break
+    if not images:
+        raise InputError("the loader holds no images")
+    return torch.cat(images)[:limit], torch.cat(labels)[:limit]
+
+
+def toy_boundary(n: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Points of two classes on either side of a wave (after GDFQ, section 5.2 and Fig. 1).
+
+    Points are uniform on [-4, 4] x [-4, 4]; class 1 lies above the curve ``x2 = 2 sin(x1)``, class 0 below.
+    The curve is point-symmetric, so both classes are equally likely.
+
+    Args:
+        n: number of points, at least 1.
+        seed: of the points.
+
+    Returns:
+        Points, float32 of shape (n, 2), and labels, int64 of shape (n,).
+
+    Raises:
+        InputError: ``n`` is below 1.
+
+    Taught in notebook 01.
+    """
+    if n < 1:
+        raise InputError(f"n={n} must be at least 1")
+    points = 8 * torch.rand(n, 2, generator=torch.Generator().manual_seed(seed)) - 4
+    return points, (points[:, 1] > 2 * torch.sin(points[:, 0])).long()
+
+
+def _require_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
+    if len(mean) != len(std) or len(mean) not in (1, 3):
+        raise InputError(
+            f"mean={tuple(mean)}, std={tuple(std)}: give one value each for grey images, three for RGB"
+        )
+    if not np.isfinite([*mean, *std]).all() or min(std) <= 0:
+        raise InputError(f"mean={tuple(mean)}, std={tuple(std)}: values must be finite and std above 0")
+
+
+def _digits(split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """scikit-learn's 1,797 digits at 16x16, stratified into 1,297 and 500, the same everywhere."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch: Any = load_digits()
+    parts = train_test_split(
+        np.arange(len(bunch.target)), test_size=DIGITS_TEST_IMAGES, stratify=bunch.target, random_state=0
+    )
+    chosen = torch.from_numpy(np.sort(parts[split == "test"]))
+    grey = torch.from_numpy(bunch.images).float()[chosen, None] * (255 / 16)  # stored as 0 … 16
+    images = F.interpolate(grey, size=16, mode="bilinear").round().to(torch.uint8)
+    return images, torch.from_numpy(bunch.target)[chosen].long(), DIGIT_CLASSES
+
+
+def _from_torchvision(
+    name: str, split: str, data_root: str | PathLike[str] | None
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Images (N, C, H, W) as bytes, labels, class names; torchvision downloads and checks what is absent."""
+    root = Path(data_root or os.environ.get("DFQLIB_DATA") or Path.home() / ".cache" / "dfqlib")
+    datasets = import_torchvision().datasets
+    try:
+        if name == "svhn":
+            found = datasets.SVHN(str(root), split=split, download=True)
+            return torch.from_numpy(found.data), torch.from_numpy(found.labels).long(), DIGIT_CLASSES
+        kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        found = kind(str(root), train=split == "train", download=True)
+    except (URLError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f'dataset="{name}" is not usable under data_root="{root}" and cannot be fetched ({reason}); '
+            "give data_root= of a copy in torchvision's layout"
+        ) from None
+    labels = torch.as_tensor(found.targets)
+    if name == "mnist":
+        return found.data[:, None], labels, DIGIT_CLASSES
+    return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), labels, tuple(found.classes)
+
+
+def _decode(files: Sequence[Path], mode: str) -> Tensor:
+    """Files to one uint8 tensor (N, C, H, W); ``mode`` is Pillow's, "L" or "RGB"."""
+    from PIL import Image
+
+    arrays: list[np.ndarray] = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                arrays.append(np.asarray(image.convert(mode)))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            raise InputError(f'"{file}" is no image that can be read; remove it or save it again') from None
+        if arrays[-1].shape != arrays[0].shape:
+            sizes = ["{1}x{0}".format(*a.shape) for a in (arrays[-1], arrays[0])]
+            raise InputError(f'"{file}" is {sizes[0]}, the images before it {sizes[1]}; make all of one size')
+    stacked = torch.from_numpy(np.stack(arrays))
+    return stacked[:, None] if mode == "L" else stacked.permute(0, 3, 1, 2).contiguous()
