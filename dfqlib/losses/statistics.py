@@ -92,8 +92,9 @@ def bn_l2_loss(probe: BatchNormProbe, variant: str = "paper") -> Tensor:
 def bn_gaussian_kl_loss(probe: BatchNormProbe) -> Tensor:
     """Divergence between Gaussians of the batch's and of the stored statistics (DFQF, Eq. 6; AKD).
 
-    The Kullback-Leibler divergence ``sum_l sum_c [(v_hat + (mu_hat - mu)^2) / (2 v) - log(v_hat / v) / 2 - 1/2]``; zero where
-    they agree. Variances below a layer's eps count as eps, as they do for the layer itself.
+    The Kullback-Leibler divergence ``sum_l sum_c [(v_hat + (mu_hat - mu)^2) / (2 v) - log(v_hat / v) / 2
+    - 1/2]``; zero where they agree. Variances below a layer's eps count as eps, as they do for the layer
+    itself.
 
     Args:
         probe: a probe that has seen a forward pass.
