@@ -80,7 +80,7 @@ _MODELS = (
         mean=NORMALIZATION["digits"][0],
         std=NORMALIZATION["digits"][1],
         url=None,
-        sha256=None,
+        sha256="4d9b782b2476a7a856639c991906c306dcfa0e8cd39f30a55c9a38a81d3be7fd",
         published_top1=None,
         source="dfqlib/assets/train_digits.py, trained on scikit-learn's digits",
     ),
