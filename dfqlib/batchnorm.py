@@ -194,7 +194,7 @@ def require(model: nn.Module, recipe: str) -> None:
     if not layers(model):
         others = ", ".join(repr(name) for name in RECIPES_WITHOUT_BATCHNORM)
         raise InputError(
-            f"recipe={recipe!r} reads BatchNorm statistics and model has none: use a recipe without them ({others})"
+            f"recipe={recipe!r} reads BatchNorm statistics and model has none: use one of {others}"
         )
 
 

@@ -16,7 +16,7 @@ from dfqlib.errors import InputError, NonFiniteError
 METHODS = ("max", "mse", "aciq", "kl")
 
 SMALLEST = 1e-8
-"""Threshold of a tensor of zeros: a dead activation gets a grid, however fine, instead of a division by zero."""
+"""Threshold of a tensor of zeros: a dead activation gets a fine grid and no division by zero."""
 
 
 def threshold(x: Tensor, bits: int, method: str = "mse", signed: bool = True) -> float:
@@ -91,7 +91,7 @@ def _check_bits(bits: Any) -> None:
 
 
 def _grid_errors(values: Tensor, weights: Tensor, clips: Tensor, bits: int, signed: bool) -> Tensor:
-    """Weighted squared error of ``values`` on the grid of each clip; one clip at a time stays in the cache."""
+    """Weighted squared error of ``values`` on each clip's grid; one clip at a time stays in the cache."""
     smallest, largest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     errors = []
     for step in (clips / largest).unbind():
@@ -101,7 +101,7 @@ def _grid_errors(values: Tensor, weights: Tensor, clips: Tensor, bits: int, sign
 
 
 def _mse(x: Tensor, largest: float, bits: int, signed: bool) -> float:
-    """The threshold of least error: a geometric search over three decades, then a linear one around the best."""
+    """The threshold of least error: a geometric search of three decades, then a linear one near the best."""
     values, weights = _summary(x, largest, bits)
     clips = largest * torch.logspace(-3, 0, 90)
     best = int(_grid_errors(values, weights, clips, bits, signed).argmin())
@@ -110,9 +110,10 @@ def _mse(x: Tensor, largest: float, bits: int, signed: bool) -> float:
 
 
 def _summary(x: Tensor, largest: float, bits: int) -> tuple[Tensor, Tensor]:
-    """Values and weights that stand for a tensor: itself while small, else a histogram with some 16 bins per step.
+    """Values and weights that stand for a tensor: itself while small, else a histogram.
 
-    The number of bins is odd, so that the zeros of a ReLU keep their place on the grid.
+    A step holds 16 bins or more where nothing is clipped. The number of bins is odd, so that the zeros of
+    a ReLU keep their place on the grid.
     """
     bins = 2 ** (max(bits, 8) + 5) + 1
     if x.numel() <= bins:
@@ -124,7 +125,7 @@ def _summary(x: Tensor, largest: float, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _aciq(x: Tensor, low: float, high: float, bits: int, signed: bool) -> float:
-    """The better of the two priors' optimal thresholds (Banner et al. 2019), as the released DFQF code picks it.
+    """The better of two priors' optimal thresholds (Banner et al. 2019), picked as DFQF's released code does.
 
     The Gaussian's deviation is estimated from the range of the sample, the Laplacian's from the mean
     absolute deviation. Both thresholds are optimal for a symmetric density with levels on both sides; a
@@ -150,7 +151,7 @@ def _laplace_clip(bits: int) -> float:
 
 
 def _gaussian_clip(bits: int) -> float:
-    """Minimizes the error of a standard normal clipped at a: its tails beyond a, plus ``a^2 / (3 * 4^bits)``."""
+    """Minimizes the error of a standard normal clipped at a: the tails, plus ``a^2 / (3 * 4^bits)``."""
 
     def slope(a: float) -> float:
         tails = a * math.erfc(a / math.sqrt(2)) - math.sqrt(2 / math.pi) * math.exp(-a * a / 2)
@@ -169,7 +170,7 @@ def _root(slope: Callable[[float], float]) -> float:
 
 
 def _kl(x: Tensor, largest: float, bits: int, bins: int = 1001, smoothing: float = 1e-4) -> float:
-    """The threshold whose quantized histogram diverges least from the clipped one (TensorRT; MXNet's form of it).
+    """The threshold whose quantized histogram diverges least from the clipped one (TensorRT, MXNet's form).
 
     P is the histogram of x, what lies outside added to its outermost bins. Q is the histogram without
     that, merged into 2^n - 1 groups and spread again over the bins that were not empty. The outermost bin

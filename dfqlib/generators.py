@@ -1,0 +1,248 @@
+"""Generator networks: noise in, images out, trained against a fixed teacher.
+
+They share a protocol: ``generator(z)`` or ``generator(z, labels)`` maps latent vectors to images,
+``generator.sample(n)`` draws the vectors first. Every one ends in Tanh and a BatchNorm without scale and
+shift, so that its images have mean 0 and deviation 1 in each color, like a normalized data set. Taught in
+notebook 04.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfqlib.errors import InputError
+
+BN_EPS = 0.8
+"""eps of BatchNorm after the convolutions of the DFQF and GDFQ trunk.
+
+The published ``BatchNorm2d(C, 0.8)`` sets eps, not the momentum: channels of little variance stay small."""
+
+
+class Generator(nn.Module):
+    """What the generators share.
+
+    Attributes:
+        image_shape: (channels, height, width) of the images.
+        latent: length of a latent vector.
+        classes: number of labels it takes, or None when it takes none.
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], latent: int, classes: int | None, multiple: int
+    ) -> None:
+        super().__init__()
+        _check_image_shape(image_shape, multiple)
+        for name, count in (("latent", latent), ("classes", classes)):
+            if count is not None and count < 1:
+                raise InputError(f"{name}={count} must be 1 or more")
+        self.image_shape = image_shape
+        self.latent = latent
+        self.classes = classes
+
+    def sample(self, n: int, labels: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:
+        """Images of latent vectors drawn from a standard normal.
+
+        Args:
+            n: how many.
+            labels: of shape (n,), or mixtures of shape (n, classes); drawn at random where a generator
+                that takes labels is
+                given none.
+            rng: source of randomness; torch's global one by default.
+
+        Returns:
+            Images of shape (n, channels, height, width), with gradients to the generator.
+
+        Raises:
+            InputError: ``n`` is not positive, or ``labels`` do not fit the generator.
+        """
+        if n < 1:
+            raise InputError(f"n={n} must be 1 or more")
+        device = next(self.parameters()).device
+        z = torch.randn(n, self.latent, generator=rng, device=device)
+        if self.classes is None:
+            if labels is not None:
+                raise InputError(
+                    f"labels given to {type(self).__name__}, which takes none: use ConditionalGenerator"
+                )
+            return self(z)
+        if labels is None:
+            labels = torch.randint(self.classes, (n,), generator=rng, device=device)
+        return self(z, labels)
+
+
+class UnconditionalGenerator(Generator):
+    """The generator of DFQF and DAFL: two upsampling convolutions from a quarter of the image's size.
+
+    Args:
+        image_shape: (channels, height, width), height and width divisible by 4.
+        latent: length of a latent vector; 1000 in both papers.
+
+    Raises:
+        InputError: the shape cannot be generated.
+
+    Taught in notebook 04.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], latent: int = 1000) -> None:
+        super().__init__(image_shape, latent, None, 4)
+        self.trunk = _Trunk(image_shape, latent)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.trunk(z)
+
+
+class ConditionalGenerator(Generator):
+    """The generator of GDFQ for small images: the latent vector is multiplied by an embedding of the label.
+
+    ``forward(z, labels)`` takes labels of shape (batch,), or mixtures of shape (batch, classes) that
+    superpose the embeddings (Qimera).
+
+    Args:
+        image_shape: (channels, height, width), height and width divisible by 4.
+        classes: number of labels.
+        latent: length of a latent vector and of an embedding; 100 in the paper.
+
+    Raises:
+        InputError: the shape cannot be generated, or labels do not fit.
+
+    Taught in notebook 04.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], classes: int, latent: int = 100) -> None:
+        super().__init__(image_shape, latent, classes, 4)
+        self.embedding = nn.Embedding(classes, latent)
+        self.trunk = _Trunk(image_shape, latent)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        return self.trunk(_embed(self.embedding, labels) * z)
+
+
+class CategoricalBatchNormGenerator(Generator):
+    """The generator of GDFQ for ImageNet: each class has its own scale and shift in each BatchNorm.
+
+    Takes labels as ``ConditionalGenerator`` does.
+
+    Args:
+        image_shape: (channels, height, width), height and width divisible by 4.
+        classes: number of labels.
+        latent: length of a latent vector and of an embedding; 100 in the paper.
+
+    Raises:
+        InputError: the shape cannot be generated, or labels do not fit.
+
+    Taught in notebook 04.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], classes: int, latent: int = 100) -> None:
+        super().__init__(image_shape, latent, classes, 4)
+        self.embedding = nn.Embedding(classes, latent)
+        self.trunk = _Trunk(image_shape, latent, classes)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        return self.trunk(_embed(self.embedding, labels) * z, labels)
+
+
+class AkdGenerator(Generator):
+    """The generator of AKD: three upsampling convolutions from an eighth of the image's size.
+
+    Args:
+        image_shape: (channels, height, width), height and width divisible by 8.
+        latent: length of a latent vector; 512 in the paper.
+
+    Raises:
+        InputError: the shape cannot be generated.
+
+    Taught in notebook 04.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], latent: int = 512) -> None:
+        super().__init__(image_shape, latent, None, 8)
+        channels, height, width = image_shape
+        self.start = (512, height // 8, width // 8)
+        self.linear = nn.Linear(latent, math.prod(self.start))
+        blocks: list[nn.Module] = []
+        for inputs, outputs in ((512, 256), (256, 128), (128, 64)):
+            convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
+            blocks += [nn.Upsample(scale_factor=2), convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.blocks = nn.Sequential(*blocks, *_to_image(64, channels))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.blocks(self.linear(z).unflatten(1, self.start))
+
+
+class _Trunk(nn.Module):
+    """Latent vectors to images by way of a quarter of their size; BatchNorm by class on request."""
+
+    def __init__(self, image_shape: tuple[int, int, int], latent: int, classes: int | None = None) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        self.start = (128, height // 4, width // 4)
+        self.linear = nn.Linear(latent, math.prod(self.start))
+        self.norm0 = _norm(128, 1e-5, classes)
+        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
+        self.norm1 = _norm(128, BN_EPS, classes)
+        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
+        self.norm2 = _norm(64, BN_EPS, classes)
+        self.to_image = nn.Sequential(*_to_image(64, channels))
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        condition = () if labels is None else (labels,)
+        x = self.norm0(self.linear(z).unflatten(1, self.start), *condition)
+        x = self.norm1(self.conv1(F.interpolate(x, scale_factor=2)), *condition)
+        x = self.norm2(self.conv2(F.interpolate(F.leaky_relu(x, 0.2), scale_factor=2)), *condition)
+        return self.to_image(F.leaky_relu(x, 0.2))
+
+
+class _CategoricalBatchNorm(nn.Module):
+    """BatchNorm whose scale and shift depend on the label."""
+
+    def __init__(self, channels: int, eps: float, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, eps=eps, affine=False)
+        self.scale = nn.Embedding.from_pretrained(torch.ones(classes, channels), freeze=False)
+        self.shift = nn.Embedding.from_pretrained(torch.zeros(classes, channels), freeze=False)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        scale, shift = (_embed(table, labels)[:, :, None, None] for table in (self.scale, self.shift))
+        return torch.addcmul(shift, self.norm(x), scale)
+
+
+def _norm(channels: int, eps: float, classes: int | None) -> nn.Module:
+    return (
+        nn.BatchNorm2d(channels, eps=eps)
+        if classes is None
+        else _CategoricalBatchNorm(channels, eps, classes)
+    )
+
+
+def _to_image(features: int, channels: int) -> list[nn.Module]:
+    """Features to normalized colors."""
+    return [nn.Conv2d(features, channels, 3, padding=1), nn.Tanh(), nn.BatchNorm2d(channels, affine=False)]
+
+
+def _embed(table: nn.Embedding, labels: Tensor) -> Tensor:
+    """Rows of a table for labels (batch,), or mixtures of them for weights (batch, classes)."""
+    classes = table.num_embeddings
+    if labels.is_floating_point():
+        if labels.dim() != 2 or labels.shape[1] != classes:
+            raise InputError(f"labels as mixtures need shape (batch, {classes}), got {tuple(labels.shape)}")
+        return labels @ table.weight
+    if labels.dim() != 1:
+        raise InputError(f"labels need shape (batch,), got {tuple(labels.shape)}")
+    low, high = (int(bound) for bound in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise InputError(f"labels must be from 0 to {classes - 1}, got {low} to {high}")
+    return table(labels)
+
+
+def _check_image_shape(image_shape: tuple[int, int, int], multiple: int) -> None:
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise InputError(
+            f"image_shape={image_shape} must be (channels, height, width), for example (3, 32, 32)"
+        )
+    if image_shape[1] % multiple or image_shape[2] % multiple:
+        raise InputError(
+            f"image_shape={image_shape} needs height and width divisible by {multiple} for this generator"
+        )
