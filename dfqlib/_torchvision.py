@@ -1,8 +1,8 @@
 """torchvision beside a CPU-only torch.
 
-torchvision's wheel cannot load its compiled operators there, and importing it then fails although all that this
-library needs (datasets, transforms, models, ``utils.make_grid``) is pure Python. Only the registration of fake
-kernels for the missing operators is in the way.
+torchvision's wheel cannot load its compiled operators there, and importing it then fails although all that
+this library needs (datasets, transforms, models, ``utils.make_grid``) is pure Python. Only the registration
+of fake kernels for the missing operators is in the way.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _no_fake_kernels(prefix: str) -> Iterator[None]:
             return register_fake(op, func, **options)
         return func if func is not None else lambda kernel: kernel
 
-    torch.library.register_fake = skipping  # type: ignore[assignment]
+    torch.library.register_fake = skipping
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 KERNEL = "python3"
 CELL_TIMEOUT = 300  # seconds, as for nbval
+QUIET_KERNEL = ["--log-level=CRITICAL"]  # without its own remarks between our lines
 
 
 def find_notebooks(paths: Sequence[Path]) -> dict[str, Path]:

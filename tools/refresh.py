@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import nbformat
+from _notebooks import CELL_TIMEOUT, KERNEL, QUIET_KERNEL, find_notebooks, fix_environment
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from _notebooks import CELL_TIMEOUT, KERNEL, find_notebooks, fix_environment
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -30,6 +30,7 @@ def refresh(path: Path) -> None:
         kernel_name=KERNEL,
         timeout=CELL_TIMEOUT,
         resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=QUIET_KERNEL,
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,

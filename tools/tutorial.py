@@ -4,8 +4,8 @@
     python tools/tutorial.py notebooks/07_*.ipynb -p bits w2a2     one, with a parameter of its own
 
 Each notebook leaves an executed copy, an HTML page and a JSON file: parameters, seconds, versions, and what
-the notebook displayed as ``IPython.display.JSON``, so that a sweep is a table. Exit code: 0; 1 when a notebook
-failed; 2 for wrong arguments.
+the notebook displayed as ``IPython.display.JSON``, so that a sweep is a table. Exit code: 0; 1 when a
+notebook failed; 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from typing import Any
 
 import nbformat
 import papermill
+from _notebooks import CELL_TIMEOUT, KERNEL, QUIET_KERNEL, ROOT, find_notebooks, fix_environment
 from nbconvert import HTMLExporter
-from _notebooks import CELL_TIMEOUT, KERNEL, ROOT, find_notebooks, fix_environment
 from papermill.exceptions import PapermillExecutionError
 
 RECORDED_VERSIONS = ("dfqlib", "numpy", "scikit-learn", "torch", "torchvision")
@@ -60,9 +60,11 @@ def run_notebook(name: str, source: Path, output: Path, parameters: dict[str, An
             target,
             parameters,
             kernel_name=KERNEL,
+            language="python",
             cwd=source.parent,
             progress_bar=False,
             execution_timeout=CELL_TIMEOUT,
+            extra_arguments=QUIET_KERNEL,
         )
     except PapermillExecutionError as failure:
         error = describe(failure.exec_count, failure.source, str(failure))
@@ -98,14 +100,20 @@ def last_cell(executed: Path) -> tuple[int | None, str]:
     if not executed.exists():
         return None, ""
     cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
-    started = [cell for cell in cells if cell.metadata.get("papermill", {}).get("status") != "pending"]
+    started = [cell for cell in cells if cell.metadata.get("papermill", {}).get("start_time")]
     return (len(started), started[-1].source) if started else (None, "")
 
 
 def default_parameters(source: Path) -> dict[str, Any]:
-    """Read the values in a notebook's parameters cell."""
-    inspected = papermill.inspect_notebook(source)
-    return {name: literal(parameter["default"]) for name, parameter in inspected.items()}
+    """Read the literals that a notebook's parameters cell assigns."""
+    cells = nbformat.read(source, as_version=4).cells
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    defaults: dict[str, Any] = {}
+    for statement in ast.parse("\n".join(tagged)).body:
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            defaults |= {ast.unparse(target): literal(ast.unparse(statement.value)) for target in targets}
+    return defaults
 
 
 def literal(text: str) -> Any:
@@ -194,7 +202,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "-j", "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="how many at a time"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     options.parameters = {name: literal(value) for name, value in options.parameter}
     try:
         options.notebooks = find_notebooks(options.paths)
