@@ -1,6 +1,34 @@
 """Every loss term of the methods, one short pure function each; lower is better unless it says otherwise."""
 
-from dfqlib.losses.outputs import distillation_loss, inception_score_loss
+from dfqlib.losses.images import (
+    total_variation_loss,
+)
+from dfqlib.losses.objectives import (
+    akd_generator_loss,
+    akd_prior_loss,
+    dafl_loss,
+    deep_inversion_loss,
+    dfqf_generator_loss,
+    gdfq_generator_loss,
+    gdfq_student_loss,
+)
+from dfqlib.losses.outputs import (
+    adversarial_loss,
+    batch_entropy,
+    competition_loss,
+    dfad_loss,
+    distillation_loss,
+    inception_score_loss,
+    label_loss,
+    one_hot_loss,
+    sample_entropy,
+)
+from dfqlib.losses.slack import (
+    SlackMargin,
+    layerwise_enhancement,
+    slack_bn_loss,
+    slack_margins,
+)
 from dfqlib.losses.statistics import (
     bn_divergence_loss,
     bn_gaussian_kl_loss,
@@ -10,11 +38,30 @@ from dfqlib.losses.statistics import (
 )
 
 __all__ = [
+    "SlackMargin",
+    "adversarial_loss",
+    "akd_generator_loss",
+    "akd_prior_loss",
+    "batch_entropy",
     "bn_divergence_loss",
     "bn_gaussian_kl_loss",
     "bn_l2_loss",
     "bn_norm_loss",
+    "competition_loss",
+    "dafl_loss",
+    "deep_inversion_loss",
+    "dfad_loss",
+    "dfqf_generator_loss",
     "distillation_loss",
+    "gdfq_generator_loss",
+    "gdfq_student_loss",
     "inception_score_loss",
+    "label_loss",
+    "layerwise_enhancement",
+    "one_hot_loss",
+    "sample_entropy",
+    "slack_bn_loss",
+    "slack_margins",
+    "total_variation_loss",
     "zeroq_loss",
 ]

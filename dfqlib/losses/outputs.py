@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,10 +23,10 @@ def inception_score_loss(logits: Tensor, alpha: float = 40.0) -> Tensor:
 
     Taught in notebook 04.
     """
-    return confidence_loss(logits) - alpha * batch_entropy(logits)
+    return sample_entropy(logits) - alpha * batch_entropy(logits)
 
 
-def confidence_loss(logits: Tensor) -> Tensor:
+def sample_entropy(logits: Tensor) -> Tensor:
     """Mean entropy of each image's class probabilities, in nats: ``mean_x H(softmax(logits))`` (AKD, DFQF).
 
     Args:
@@ -56,19 +57,113 @@ def batch_entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum()
 
 
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the labels that images were made for (GDFQ, Eq. 4 and Eq. 7).
+
+    Args:
+        logits: shape (batch, classes).
+        labels: classes of shape (batch,), or probabilities of shape (batch, classes) for superposed labels.
+
+    Returns:
+        Scalar tensor, differentiable in ``logits``.
+
+    Taught in notebook 05.
+    """
+    return F.cross_entropy(logits, labels)
+
+
+def one_hot_loss(logits: Tensor) -> Tensor:
+    """Cross-entropy with the network's own most likely class (DAFL): low where it is certain.
+
+    Args:
+        logits: teacher outputs, shape (batch, classes).
+
+    Returns:
+        Scalar tensor, differentiable in ``logits``.
+
+    Taught in notebook 04.
+    """
+    return F.cross_entropy(logits, logits.argmax(1))
+
+
 def distillation_loss(
-    student: Tensor, teacher: Tensor, temperature: float = 1.0, *, element_mean: bool = False
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, *, variant: str = "paper"
 ) -> Tensor:
     """Divergence of the student's class probabilities from the teacher's (DFQF Eq. 2, GDFQ Eq. 8).
 
-    Computes ``KL(softmax(teacher / T) || softmax(student / T)) * T^2``, the mean over the batch. The
-    factor keeps the gradient's size independent of the temperature.
+    Computes ``KL(softmax(teacher / T) || softmax(student / T)) * T^2``, the mean over the batch. The factor
+    keeps the gradient's size independent of the temperature.
 
     Args:
         student: student logits, shape (batch, classes).
         teacher: teacher logits, shape (batch, classes).
         temperature: T; 1 in DFQF, 20 in GDFQ.
-        element_mean: divide by the number of classes too, as GDFQ's released code does.
+        variant: "paper", or "released" to divide by the number of classes too, as GDFQ's code does.
+
+    Returns:
+        Scalar tensor, differentiable in both.
+
+    Raises:
+        InputError: the shapes differ, the temperature is not positive, or ``variant`` is unknown.
+
+    Taught in notebook 02.
+    """
+    check_variant(variant)
+    _check_same_shape(student, teacher)
+    if not temperature > 0:
+        raise InputError(f"temperature={temperature} must be positive, for example 1.0")
+    log_p = F.log_softmax(teacher / temperature, dim=1)
+    log_q = F.log_softmax(student / temperature, dim=1)
+    divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
+    return divergence / student.shape[1] if variant == "released" else divergence
+
+
+def adversarial_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """What a generator minimizes to find images on which student and teacher disagree (DFQF, Eq. 8; AKD).
+
+    The negative of ``distillation_loss`` at temperature 1.
+
+    Args:
+        student: student logits, shape (batch, classes).
+        teacher: teacher logits, shape (batch, classes).
+
+    Returns:
+        Scalar tensor, differentiable in both; 0 or less.
+
+    Taught in notebook 08.
+    """
+    return -distillation_loss(student, teacher)
+
+
+def dfad_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean absolute difference of the logits (DFAD): the student descends it, the generator ascends it.
+
+    Args:
+        student: student logits, shape (batch, classes).
+        teacher: teacher logits, shape (batch, classes).
+
+    Returns:
+        Scalar tensor, differentiable in both.
+
+    Raises:
+        InputError: the shapes differ.
+
+    Taught in notebook 08.
+    """
+    _check_same_shape(student, teacher)
+    return (teacher - student).abs().mean()
+
+
+def competition_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tensor:
+    """One minus the Jensen-Shannon divergence of the two outputs (Adaptive DeepInversion).
+
+    Minimized by images on which student and teacher disagree. The divergence is in nats: the loss lies
+    between ``1 - log 2`` and 1.
+
+    Args:
+        student: student logits, shape (batch, classes).
+        teacher: teacher logits, shape (batch, classes).
+        temperature: softens both before they are compared.
 
     Returns:
         Scalar tensor, differentiable in both.
@@ -76,16 +171,26 @@ def distillation_loss(
     Raises:
         InputError: the shapes differ or the temperature is not positive.
 
-    Taught in notebook 02.
+    Taught in notebook 08.
     """
+    _check_same_shape(student, teacher)
+    if not temperature > 0:
+        raise InputError(f"temperature={temperature} must be positive, for example 3.0")
+    log_p, log_q = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    divergences = [F.kl_div(log_m, log_r, reduction="batchmean", log_target=True) for log_r in (log_p, log_q)]
+    return 1 - torch.stack(divergences).mean()
+
+
+def check_variant(variant: str) -> None:
+    """Raise InputError unless ``variant`` is "paper" or "released"."""
+    if variant not in ("paper", "released"):
+        raise InputError(f"variant={variant!r} is unknown: use 'paper' or 'released'")
+
+
+def _check_same_shape(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise InputError(
             f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}: "
             "give logits of the same images and classes"
         )
-    if not temperature > 0:
-        raise InputError(f"temperature={temperature} must be positive, for example 1.0")
-    log_p = F.log_softmax(teacher / temperature, dim=1)
-    log_q = F.log_softmax(student / temperature, dim=1)
-    divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
-    return divergence / student.shape[1] if element_mean else divergence

@@ -5,10 +5,11 @@ from torch import Tensor
 
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
+from dfqlib.losses.outputs import check_variant
 
 
 def bn_norm_loss(probe: BatchNormProbe, reduction: str = "mean") -> Tensor:
-    """Distance of the batch's statistics from the stored ones, norms not squared (DeepInversion, Eq. 4).
+    """Distance of the batch's statistics from the stored ones, norms not squared (DeepInversion).
 
     Computes ``||mu_hat - mu||_2 + ||v_hat - v||_2`` for each layer, with the biased variance. Without the
     squares a layer that is already close keeps a gradient of full length, and one far off does not drown
@@ -78,8 +79,7 @@ def bn_l2_loss(probe: BatchNormProbe, variant: str = "paper") -> Tensor:
 
     Taught in notebook 03.
     """
-    if variant not in ("paper", "released"):
-        raise InputError(f"variant={variant!r} is unknown: use 'paper' or 'released'")
+    check_variant(variant)
     terms = []
     for layer in probe:
         mean, var = layer.statistics()
@@ -130,7 +130,7 @@ def zeroq_loss(probe: BatchNormProbe, images: Tensor) -> Tensor:
     Taught in notebook 05.
     """
     values = images.flatten(2)
-    total = _sample_gap(values.mean(2), values.var(2), torch.zeros(()), torch.ones(()))
+    total = _sample_gap(values.mean(2), values.var(2), values.new_zeros(()), values.new_ones(()))
     for layer in probe:
         if layer.input.dim() > 2:
             mean, var = layer.statistics(per_sample=True, unbiased=True)
@@ -138,6 +138,11 @@ def zeroq_loss(probe: BatchNormProbe, images: Tensor) -> Tensor:
     return total
 
 
+def deviation(var: Tensor) -> Tensor:
+    """Standard deviation of a variance of 0 or more; the root's gradient would be infinite at 0."""
+    return (var + 1e-6).sqrt()
+
+
 def _sample_gap(mean: Tensor, var: Tensor, stored_mean: Tensor, stored_var: Tensor) -> Tensor:
-    std, stored_std = (var + 1e-6).sqrt(), (stored_var + 1e-6).sqrt()  # the root's gradient is infinite at 0
-    return ((mean - stored_mean).square() + (std - stored_std).square()).sum(1).mean()
+    gaps = (mean - stored_mean).square() + (deviation(var) - deviation(stored_var)).square()
+    return gaps.sum(1).mean()

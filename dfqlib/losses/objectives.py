@@ -1,0 +1,194 @@
+"""What each method's generator or student minimizes: the terms of the papers, weighted and summed."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dfqlib.batchnorm import BatchNormProbe
+from dfqlib.errors import InputError
+from dfqlib.losses.images import total_variation_loss
+from dfqlib.losses.outputs import (
+    adversarial_loss,
+    batch_entropy,
+    check_variant,
+    distillation_loss,
+    inception_score_loss,
+    label_loss,
+    one_hot_loss,
+    sample_entropy,
+)
+from dfqlib.losses.statistics import bn_divergence_loss, bn_gaussian_kl_loss, bn_l2_loss, bn_norm_loss
+
+
+def dfqf_generator_loss(
+    teacher: Tensor,
+    student: Tensor,
+    probe: BatchNormProbe,
+    alpha: float = 40.0,
+    bn_weight: float = 0.1,
+    adversarial_weight: float = 5.0,
+) -> Tensor:
+    """Generator's objective of DFQF (Eq. 9): confident, balanced, lifelike, hard for the student.
+
+    Args:
+        teacher: teacher logits of the generated images, shape (batch, classes).
+        student: student logits of the same, shape (batch, classes).
+        probe: a probe of the teacher that has seen the images.
+        alpha: weight of the balance within the inception score.
+        bn_weight: weight of ``bn_divergence_loss``.
+        adversarial_weight: weight of ``adversarial_loss``.
+
+    Returns:
+        Scalar tensor.
+
+    Taught in notebook 08.
+    """
+    score, adversarial = inception_score_loss(teacher, alpha), adversarial_loss(student, teacher)
+    return score + bn_weight * bn_divergence_loss(probe) + adversarial_weight * adversarial
+
+
+def gdfq_generator_loss(
+    teacher: Tensor, labels: Tensor, probe: BatchNormProbe, bn_weight: float = 0.1, variant: str = "paper"
+) -> Tensor:
+    """Generator's objective of GDFQ (Eq. 9): the label shows and the statistics agree.
+
+    Args:
+        teacher: teacher logits of the generated images, shape (batch, classes).
+        labels: what the images were made for, as in ``label_loss``.
+        probe: a probe of the teacher that has seen the images.
+        bn_weight: weight of ``bn_l2_loss``.
+        variant: form of ``bn_l2_loss``, "paper" or "released".
+
+    Returns:
+        Scalar tensor.
+
+    Taught in notebook 08.
+    """
+    return label_loss(teacher, labels) + bn_weight * bn_l2_loss(probe, variant)
+
+
+def gdfq_student_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    kd_weight: float = 1.0,
+    temperature: float = 20.0,
+    variant: str = "paper",
+) -> Tensor:
+    """Quantized network's objective of GDFQ (Eq. 10): the labels and the teacher's outputs.
+
+    Args:
+        student: logits of the quantized network, shape (batch, classes).
+        teacher: teacher logits, shape (batch, classes).
+        labels: what the images were made for, as in ``label_loss``.
+        kd_weight: weight of ``distillation_loss``.
+        temperature: of ``distillation_loss``.
+        variant: form of ``distillation_loss``, "paper" or "released".
+
+    Returns:
+        Scalar tensor.
+
+    Taught in notebook 08.
+    """
+    return label_loss(student, labels) + kd_weight * distillation_loss(
+        student, teacher, temperature, variant=variant
+    )
+
+
+def akd_prior_loss(teacher: Tensor, probe: BatchNormProbe) -> Tensor:
+    """What AKD knows of real images (L_psi): statistics as stored, each image certain, the classes balanced.
+
+    Args:
+        teacher: teacher logits of the generated images, shape (batch, classes).
+        probe: a probe of the teacher that has seen the images.
+
+    Returns:
+        Scalar tensor.
+
+    Taught in notebook 08.
+    """
+    return bn_gaussian_kl_loss(probe) + sample_entropy(teacher) - batch_entropy(teacher)
+
+
+def akd_generator_loss(
+    teacher: Tensor, students: Sequence[Tensor], probe: BatchNormProbe, alpha: float = 0.01
+) -> Tensor:
+    """One generator's objective of AKD, to be minimized: ``alpha * L_psi - mean_s KL(teacher || student s)``.
+
+    The mean of this over the generators averages the divergence over all pairs of generator and student.
+
+    Args:
+        teacher: teacher logits of this generator's images, shape (batch, classes).
+        students: logits of each student on the same images.
+        probe: a probe of the teacher that has seen the images.
+        alpha: weight of ``akd_prior_loss``.
+
+    Returns:
+        Scalar tensor.
+
+    Raises:
+        InputError: there is no student.
+
+    Taught in notebook 08.
+    """
+    if not students:
+        raise InputError("students is empty: give the logits of at least one student")
+    disagreement = torch.stack([distillation_loss(student, teacher) for student in students]).mean()
+    return alpha * akd_prior_loss(teacher, probe) - disagreement
+
+
+def dafl_loss(
+    teacher: Tensor,
+    features: Tensor,
+    one_hot_weight: float = 0.05,
+    balance_weight: float = 5.0,
+    activation_weight: float = 0.01,
+    variant: str = "paper",
+) -> Tensor:
+    """Generator's objective of DAFL: certain, balanced, with strong activations; needs no BatchNorm.
+
+    Args:
+        teacher: teacher logits of the generated images, shape (batch, classes).
+        features: what enters the teacher's last layer, any shape.
+        one_hot_weight: of ``one_hot_loss``; the defaults are the published ones for CIFAR-10.
+        balance_weight: of ``batch_entropy``.
+        activation_weight: of the mean absolute feature.
+        variant: "paper" measures entropy in nats; "released" in decimal digits, as the authors' code does.
+
+    Returns:
+        Scalar tensor.
+
+    Raises:
+        InputError: ``variant`` is unknown.
+
+    Taught in notebook 04.
+    """
+    check_variant(variant)
+    unit = math.log(10) if variant == "released" else 1.0
+    balance = -batch_entropy(teacher) / unit
+    activation = -features.abs().mean()
+    return one_hot_weight * one_hot_loss(teacher) + balance_weight * balance + activation_weight * activation
+
+
+def deep_inversion_loss(
+    teacher: Tensor, labels: Tensor, probe: BatchNormProbe, images: Tensor, bn_weight: float, tv_weight: float
+) -> Tensor:
+    """Objective of DeepInversion: the label shows, the statistics agree, the image is smooth.
+
+    Args:
+        teacher: teacher logits of the images, shape (batch, classes).
+        labels: what the images are to show, as in ``label_loss``.
+        probe: a probe of the teacher that has seen the images.
+        images: shape (batch, channels, height, width).
+        bn_weight: weight of ``bn_norm_loss``, summed over the layers.
+        tv_weight: weight of ``total_variation_loss``.
+
+    Returns:
+        Scalar tensor.
+
+    Taught in notebook 05.
+    """
+    statistics = bn_norm_loss(probe, reduction="sum")
+    return label_loss(teacher, labels) + bn_weight * statistics + tv_weight * total_variation_loss(images)
