@@ -7,8 +7,8 @@ model until the whole file has been read and found to fit.
 
 import hashlib
 import io
-import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -118,27 +118,17 @@ def _read(file: io.BufferedReader, what: str) -> Any:
             from safetensors.torch import load
 
             return load(file.read())
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # of old pickle protocols; what matters becomes an error
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails anywhere in the unpickler, with almost anything
-        remedy = "save it again with torch.save(model.state_dict(), path)"
-        foreign = _foreign_object(error, start)
-        if foreign:
-            raise InputError(
-                f"{what} is refused, nothing in it was run: it holds {foreign}, not only tensors; {remedy}"
-            ) from None
+        foreign = re.search(r"GLOBAL (\w+(\.\w+)*)(?![\w.])", str(error))
+        found = f"it holds {foreign[1]}, not only tensors" if foreign else "it is truncated or no checkpoint"
         raise InputError(
-            f"{what} is truncated or no checkpoint ({type(error).__name__}); fetch it again, or {remedy}"
+            f"{what} is refused, nothing in it was run: {found}; fetch it again, or save it again with "
+            "torch.save(model.state_dict(), path)"
         ) from None
-
-
-def _foreign_object(error: Exception, start: bytes) -> str | None:
-    """What the safe unpickler refused to build, None when the file was merely unreadable."""
-    if not isinstance(error, pickle.UnpicklingError):
-        return None
-    if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return named.group(1)
-    # torch.save writes protocol 2; a later one is some program's own pickle.
-    return "a plain pickle" if start[:1] == b"\x80" and start[1:2] > b"\x02" else None
 
 
 def _find_state_dict(content: Any, what: str) -> dict[str, Tensor]:
