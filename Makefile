@@ -22,9 +22,11 @@ install: $(STAMP)
 # The interpreter of an .venv that is already there is kept. One made without pip (uv) or cut short gets its pip.
 $(STAMP): pyproject.toml constraints.txt
 	@if [ ! -x $(BIN)/python ]; then \
+	  command -v $(PYTHON) >/dev/null || { \
+	    echo "There is no $(PYTHON). Name a Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }; \
 	  $(PYTHON) -c '$(AT_LEAST_3_11)' || { \
 	    echo "dfqlib needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
-	      "Name another: make PYTHON=python3.12 …" >&2; exit 1; }; \
+	      "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }; \
 	  echo "Making .venv with $$($(PYTHON) --version)"; \
 	  $(PYTHON) -m venv .venv || { \
 	    echo "Could not make .venv (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }; \
