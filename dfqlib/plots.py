@@ -1,0 +1,192 @@
+"""One look for every figure: labelled, small, and readable in greyscale and by colour-blind eyes.
+
+Matplotlib is imported inside the functions, so that importing this module costs nothing.
+
+Taught in notebook 01.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PALETTE = ("#222222", "#0065A8", "#D55E00", "#E8A400", "#A5D4F2")
+"""Dark to light, at least 12 units of CIE lightness apart: the order survives a greyscale printer."""
+MARKERS = ("o", "^", "s", "D", "v")
+LINES = ("-", "--", "-.", ":", (0, (1, 1)))
+HATCHES = ("", "//", "..", "xx", "\\\\")
+MAX_SCATTER = 700
+"""Points drawn per panel: more of them hide each other and only make the file larger."""
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults for a lesson: font sizes, light grid, 100 dots per inch, no box.
+
+    Taught in notebook 01.
+    """
+    import matplotlib as mpl
+    from cycler import cycler
+
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 100,
+            "savefig.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "font.size": 9.5,
+            "axes.titlesize": 10,
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#DDDDDD",
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "axes.prop_cycle": cycler(color=PALETTE),
+        }
+    )
+
+
+def png(figure: Any) -> bytes:
+    """The figure as a PNG file's bytes; the figure is closed.
+
+    Taught in notebook 01.
+    """
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def decision_map(axes: Any, network: nn.Module, extent: float) -> None:
+    """Shade where a classifier of points in the plane says class 1, and draw the boundary.
+
+    Args:
+        axes: matplotlib axes.
+        network: two outputs for points of shape (n, 2).
+        extent: the map covers [-extent, extent] in both directions.
+
+    Taught in notebook 01.
+    """
+    side = torch.linspace(-extent, extent, 120)
+    grid = torch.cartesian_prod(side, side)
+    with torch.no_grad():
+        share = network(grid).softmax(1)[:, 1].reshape(len(side), len(side)).T
+    axes.contourf(side, side, share, levels=[0, 0.5, 1], colors=["#E3EDF5", "#FDF4DC"])
+    axes.contour(side, side, share, levels=[0.5], colors="#222222", linewidths=1.4)
+
+
+def scatter(axes: Any, points: Tensor, labels: Tensor | None, extent: float) -> None:
+    """Points of two classes (dark circles, light triangles) or, without labels, of none (grey crosses).
+
+    Args:
+        axes: matplotlib axes; gets equal scales and the range [-extent, extent].
+        points: shape (n, 2); the first ``MAX_SCATTER`` are drawn.
+        labels: shape (n,), or None.
+        extent: half the side of the drawn square; what lies beyond is counted in the corner.
+
+    Taught in notebook 01.
+    """
+    points = points.detach()
+    outside = int((points.abs() > extent).any(1).sum())
+    shown = points[:MAX_SCATTER]
+    if labels is None:
+        axes.scatter(*shown.T, s=11, marker="x", linewidths=0.7, color="#666666", label="no label")
+    else:
+        for value, colour, marker in ((0, PALETTE[1], "o"), (1, PALETTE[3], "^")):
+            mine = shown[labels[:MAX_SCATTER] == value]
+            style = {"s": 11, "linewidths": 0.3, "edgecolors": "#222222"}
+            axes.scatter(*mine.T, marker=marker, color=colour, label=f"class {value}", **style)
+    axes.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
+    axes.grid(False)
+    if outside:
+        style = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+        note = f"{outside} of {len(points)} outside"
+        axes.text(0.98, 0.02, note, transform=axes.transAxes, ha="right", fontsize=8, bbox=style)
+
+
+def lines(
+    axes: Any, series: Mapping[str, Sequence[float]], x: Sequence[float] | None = None, **labels: str
+) -> None:
+    """One line per series, told apart by lightness and dash pattern.
+
+    Args:
+        axes: matplotlib axes.
+        series: name → values.
+        x: shared positions; 0, 1, 2, … without.
+        **labels: ``title``, ``xlabel``, ``ylabel``, ``yscale`` of the axes.
+
+    Taught in notebook 01.
+    """
+    for (name, values), colour, dashes in zip(series.items(), PALETTE, LINES, strict=False):
+        positions = range(len(values)) if x is None else x
+        axes.plot(positions, values, color=colour, linestyle=dashes, linewidth=1.5, label=name)
+    axes.set(**labels)
+    if len(series) > 1:
+        axes.legend()
+
+
+def bars(
+    axes: Any,
+    series: Mapping[str, Sequence[float]],
+    groups: Sequence[str],
+    *,
+    errors: Mapping[str, Sequence[float]] | None = None,
+    decimals: int = 1,
+    **labels: Any,
+) -> None:
+    """Grouped bars with their values written on them, told apart by lightness and hatching.
+
+    Args:
+        axes: matplotlib axes.
+        series: name → one value per group.
+        groups: names under the groups.
+        errors: name → half the length of the error bars, in the unit of the values.
+        decimals: digits after the point of the written values.
+        **labels: ``title``, ``xlabel``, ``ylabel``, ``yscale``, ``ylim`` of the axes.
+
+    Taught in notebook 01.
+    """
+    width = 0.8 / len(series)
+    for index, (name, values) in enumerate(series.items()):
+        places = [group + (index - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        colour, hatch = PALETTE[(index + 1) % len(PALETTE)], HATCHES[index % len(HATCHES)]
+        style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+        error = errors[name] if errors else None
+        drawn = axes.bar(places, values, width * 0.92, yerr=error, capsize=3, label=name, **style)
+        axes.bar_label(drawn, fmt=f"%.{decimals}f", fontsize=8, padding=2)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.grid(axis="x", visible=False)
+    axes.set(**labels)
+    if len(series) > 1:
+        axes.legend()
+
+
+def image_grid(
+    axes: Any, images: Tensor, mean: Sequence[float], std: Sequence[float], columns: int = 8
+) -> None:
+    """Draw a batch of normalized images as a grid, back in their original colours.
+
+    Args:
+        axes: matplotlib axes.
+        images: shape (n, channels, height, width), 1 or 3 channels, normalized with ``mean`` and ``std``.
+        mean: per channel.
+        std: per channel.
+        columns: images per row.
+
+    Taught in notebook 04.
+    """
+    shape = (1, -1, 1, 1)
+    colours = images.detach().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    count, channels, height, width = colours.shape
+    rows = -(-count // columns)
+    canvas = torch.ones(channels, rows * (height + 1) - 1, columns * (width + 1) - 1)
+    for index, image in enumerate(colours.clamp(0, 1)):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        canvas[:, top : top + height, left : left + width] = image
+    axes.imshow(canvas.permute(1, 2, 0).expand(-1, -1, 3), interpolation="nearest")
+    axes.set_axis_off()
