@@ -155,7 +155,7 @@ def image_folder(
     try:
         found = import_torchvision().datasets.ImageFolder(str(path))
     except OSError as error:
-        raise InputError(f"{what}: {error}; it must hold <class>/<image>") from None
+        raise InputError(f"{what} must hold <class>/<image>: {str(error).splitlines()[0]}") from None
     names = tuple(found.classes if classes is None else classes)
     unknown = [c for c in found.classes if c not in names]
     if unknown:
