@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dfqlib.errors import InputError, NonFiniteError
+from dfqlib.spec import integer_range
 
 METHODS = ("max", "mse", "aciq", "kl")
 
@@ -92,7 +93,7 @@ def _check_bits(bits: Any) -> None:
 
 def _grid_errors(values: Tensor, weights: Tensor, clips: Tensor, bits: int, signed: bool) -> Tensor:
     """Weighted squared error of ``values`` on each clip's grid; one clip at a time stays in the cache."""
-    smallest, largest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    smallest, largest = integer_range(bits, signed)
     errors = []
     for step in (clips / largest).unbind():
         rounded = torch.div(values, step).round_().clamp_(smallest, largest).mul_(step)
