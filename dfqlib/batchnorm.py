@@ -82,9 +82,7 @@ class LayerInput:
         batch, channels = self.input.shape[:2]
         count = self.input.numel() // (channels if not per_sample else batch * channels)
         if unbiased and count < 2:
-            raise InputError(
-                f"layer {self.name!r} has one value per channel: unbiased=True needs two or more"
-            )
+            raise InputError(f"layer {self.name!r} has one value per channel: unbiased=True needs two or more")
         if per_sample:
             values = self.input.reshape(batch, channels, -1)
             mean = values.mean(2)
@@ -122,17 +120,13 @@ class BatchNormProbe:
         self._model = model
         self._layers = layers(model)
         if not self._layers:
-            raise InputError(
-                "model has no BatchNorm layer with running statistics to probe: give one that has"
-            )
+            raise InputError("model has no BatchNorm layer with running statistics to probe: give one that has")
         self._records: list[tuple[str, _BatchNorm, Tensor, int]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "BatchNormProbe":
         self._handles = [self._model.register_forward_pre_hook(lambda *_: self._records.clear())]
-        self._handles += [
-            layer.register_forward_pre_hook(self._recorder(name)) for name, layer in self._layers.items()
-        ]
+        self._handles += [layer.register_forward_pre_hook(self._recorder(name)) for name, layer in self._layers.items()]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,14 +151,10 @@ class BatchNormProbe:
             InputError: no forward pass was seen, or an input has been overwritten since.
         """
         if not self._records:
-            raise InputError(
-                "probe is empty: call the model inside `with BatchNormProbe(model) as probe:` first"
-            )
+            raise InputError("probe is empty: call the model inside `with BatchNormProbe(model) as probe:` first")
         for name, layer, x, version in self._records:
             if _version(x) != version:
-                raise InputError(
-                    f"input of layer {name!r} was overwritten: set inplace=False in its other consumers"
-                )
+                raise InputError(f"input of layer {name!r} was overwritten: set inplace=False in its other consumers")
             assert layer.running_mean is not None
             assert layer.running_var is not None
             yield LayerInput(name, x, layer.running_mean, layer.running_var, layer.eps)
@@ -179,9 +169,7 @@ def layers(model: nn.Module) -> dict[str, _BatchNorm]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
-        and module.running_mean is not None
-        and module.running_var is not None
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
     }
 
 
@@ -193,9 +181,7 @@ def require(model: nn.Module, recipe: str) -> None:
     """
     if not layers(model):
         others = ", ".join(repr(name) for name in RECIPES_WITHOUT_BATCHNORM)
-        raise InputError(
-            f"recipe={recipe!r} reads BatchNorm statistics and model has none: use one of {others}"
-        )
+        raise InputError(f"recipe={recipe!r} reads BatchNorm statistics and model has none: use one of {others}")
 
 
 def _stay_in_eval(layer: nn.Module, _: object) -> None:

@@ -51,9 +51,7 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str], *, sha256: str 
     _require_fit(weights, own, f'checkpoint="{path}"', type(model).__name__)
     for name, tensor in weights.items():
         if not torch.isfinite(tensor.float()).all():
-            raise NonFiniteError(
-                f'checkpoint="{path}": {name} has NaN or infinite values; use an earlier checkpoint'
-            )
+            raise NonFiniteError(f'checkpoint="{path}": {name} has NaN or infinite values; use an earlier checkpoint')
     model.load_state_dict(weights)
     return model.eval()
 
@@ -92,9 +90,7 @@ def normalize_sha256(sha256: str) -> str:
     """Lower-case hex digits of a SHA-256 or of its first 8 or more digits; InputError for anything else."""
     digits = sha256.strip().lower()
     if not re.fullmatch(r"[0-9a-f]{8,64}", digits):
-        raise InputError(
-            f'sha256="{sha256}" is not a SHA-256: give its 64 hex digits, or at least the first 8'
-        )
+        raise InputError(f'sha256="{sha256}" is not a SHA-256: give its 64 hex digits, or at least the first 8')
     return digits
 
 
@@ -102,9 +98,7 @@ def _require_hash(file: io.BufferedReader, sha256: str, what: str) -> None:
     expected = normalize_sha256(sha256)
     found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(expected):
-        raise InputError(
-            f"{what} has SHA-256 {found}, expected {expected}; fetch the file again or correct sha256="
-        )
+        raise InputError(f"{what} has SHA-256 {found}, expected {expected}; fetch the file again or correct sha256=")
     file.seek(0)
 
 
@@ -118,9 +112,7 @@ def _read(file: io.BufferedReader, what: str) -> Any:
             from safetensors.torch import load
 
             return load(file.read())
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # of old pickle protocols; what matters becomes an error
+        with warnings.catch_warnings(action="ignore"):  # of old pickle protocols; what matters becomes an error
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails anywhere in the unpickler, with almost anything
         foreign = re.search(r"GLOBAL (\w+(\.\w+)*)(?![\w.])", str(error))
@@ -141,8 +133,7 @@ def _find_state_dict(content: Any, what: str) -> dict[str, Tensor]:
         content = inner
     found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
     raise InputError(
-        f"{what} holds no state dict (found: {found or 'nothing'}); "
-        "save it with torch.save(model.state_dict(), path)"
+        f"{what} holds no state dict (found: {found or 'nothing'}); save it with torch.save(model.state_dict(), path)"
     )
 
 
@@ -155,9 +146,7 @@ def _strip_prefixes(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> di
     return weights
 
 
-def _require_fit(
-    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str, architecture: str
-) -> None:
+def _require_fit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str, architecture: str) -> None:
     # Checkpoints older than PyTorch 0.4.1 lack BatchNorm's counter, which evaluation never reads.
     missing = [k for k in own if k not in weights and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in weights if k not in own]
@@ -173,8 +162,7 @@ def _require_fit(
     ]
     if problems:
         raise InputError(
-            f"{what} does not fit {architecture}: {'; '.join(problems)}; "
-            "name the architecture it was trained with"
+            f"{what} does not fit {architecture}: {'; '.join(problems)}; name the architecture it was trained with"
         )
 
 

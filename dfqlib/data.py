@@ -109,12 +109,8 @@ def load_data(
             raise InputError(f'dataset="{name}" needs mean= and std=, those the network was trained with')
         return image_folder(name.removeprefix("folder:"), mean, std, batch_size, classes)
     if name not in NORMALIZATION:
-        raise InputError(
-            f'dataset="{name}" is unknown; known are {", ".join(NORMALIZATION)} and "folder:<path>"'
-        )
-    images, labels, own_classes = (
-        _digits(split) if name == "digits" else _from_torchvision(name, split, data_root)
-    )
+        raise InputError(f'dataset="{name}" is unknown; known are {", ".join(NORMALIZATION)} and "folder:<path>"')
+    images, labels, own_classes = _digits(split) if name == "digits" else _from_torchvision(name, split, data_root)
     own_mean, own_std = NORMALIZATION[name]
     dataset = ImageDataset(
         images, labels, own_classes, own_mean if mean is None else mean, own_std if std is None else std
@@ -159,18 +155,14 @@ def image_folder(
     names = tuple(found.classes if classes is None else classes)
     unknown = [c for c in found.classes if c not in names]
     if unknown:
-        raise InputError(
-            f"{what} holds {', '.join(unknown[:5])}, not among classes= ({', '.join(names[:10])}, …)"
-        )
+        raise InputError(f"{what} holds {', '.join(unknown[:5])}, not among classes= ({', '.join(names[:10])}, …)")
     position = [names.index(c) for c in found.classes]
     images = _decode([Path(file) for file, _ in found.samples], "L" if len(mean) == 1 else "RGB")
     labels = torch.tensor([position[folder] for _, folder in found.samples])
     return DataLoader(ImageDataset(images, labels, names, mean, std), batch_size)
 
 
-def images_and_labels(
-    loader: DataLoader[tuple[Tensor, int]], limit: int | None = None
-) -> tuple[Tensor, Tensor]:
+def images_and_labels(loader: DataLoader[tuple[Tensor, int]], limit: int | None = None) -> tuple[Tensor, Tensor]:
     """The loader's images (N, C, H, W) and labels (N,) as two tensors, the first ``limit`` of them.
 
     Raises:
@@ -218,9 +210,7 @@ def toy_boundary(n: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def _require_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
     if len(mean) != len(std) or len(mean) not in (1, 3):
-        raise InputError(
-            f"mean={tuple(mean)}, std={tuple(std)}: give one value each for grey images, three for RGB"
-        )
+        raise InputError(f"mean={tuple(mean)}, std={tuple(std)}: give one value each for grey images, three for RGB")
     if not np.isfinite([*mean, *std]).all() or min(std) <= 0:
         raise InputError(f"mean={tuple(mean)}, std={tuple(std)}: values must be finite and std above 0")
 

@@ -29,9 +29,7 @@ class Generator(nn.Module):
         classes: number of labels it takes, or None when it takes none.
     """
 
-    def __init__(
-        self, image_shape: tuple[int, int, int], latent: int, classes: int | None, multiple: int
-    ) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], latent: int, classes: int | None, multiple: int) -> None:
         super().__init__()
         _check_image_shape(image_shape, multiple)
         for name, count in (("latent", latent), ("classes", classes)):
@@ -63,9 +61,7 @@ class Generator(nn.Module):
         z = torch.randn(n, self.latent, generator=rng, device=device)
         if self.classes is None:
             if labels is not None:
-                raise InputError(
-                    f"labels given to {type(self).__name__}, which takes none: use ConditionalGenerator"
-                )
+                raise InputError(f"labels given to {type(self).__name__}, which takes none: use ConditionalGenerator")
             return self(z)
         if labels is None:
             labels = torch.randint(self.classes, (n,), generator=rng, device=device)
@@ -210,11 +206,7 @@ class _CategoricalBatchNorm(nn.Module):
 
 
 def _norm(channels: int, eps: float, classes: int | None) -> nn.Module:
-    return (
-        nn.BatchNorm2d(channels, eps=eps)
-        if classes is None
-        else _CategoricalBatchNorm(channels, eps, classes)
-    )
+    return nn.BatchNorm2d(channels, eps=eps) if classes is None else _CategoricalBatchNorm(channels, eps, classes)
 
 
 def _to_image(features: int, channels: int) -> list[nn.Module]:
@@ -239,10 +231,6 @@ def _embed(table: nn.Embedding, labels: Tensor) -> Tensor:
 
 def _check_image_shape(image_shape: tuple[int, int, int], multiple: int) -> None:
     if len(image_shape) != 3 or min(image_shape) < 1:
-        raise InputError(
-            f"image_shape={image_shape} must be (channels, height, width), for example (3, 32, 32)"
-        )
+        raise InputError(f"image_shape={image_shape} must be (channels, height, width), for example (3, 32, 32)")
     if image_shape[1] % multiple or image_shape[2] % multiple:
-        raise InputError(
-            f"image_shape={image_shape} needs height and width divisible by {multiple} for this generator"
-        )
+        raise InputError(f"image_shape={image_shape} needs height and width divisible by {multiple} for this generator")

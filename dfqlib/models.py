@@ -108,9 +108,7 @@ def info(name: str) -> ModelInfo:
     raise InputError(f'arch="{name}" is unknown; known are {", ".join(names())}')
 
 
-def load_model(
-    name: str, *, checkpoint: str | PathLike[str] | None = None, sha256: str | None = None
-) -> nn.Module:
+def load_model(name: str, *, checkpoint: str | PathLike[str] | None = None, sha256: str | None = None) -> nn.Module:
     """A known network with its weights, in eval mode, on the CPU.
 
     Args:
@@ -141,9 +139,7 @@ def load_model(
 def _fetch(url: str, sha256: str | None) -> Path:
     """The file behind a URL, from torch.hub's cache when it is there."""
     if not url.startswith("https://"):
-        raise InputError(
-            f'checkpoint="{url}": only https URLs are fetched; download it yourself and give the path'
-        )
+        raise InputError(f'checkpoint="{url}": only https URLs are fetched; download it yourself and give the path')
     if sha256 is None:
         raise InputError(f'checkpoint="{url}" needs sha256= beside it, so that what arrives can be checked')
     prefix = normalize_sha256(sha256)

@@ -50,16 +50,29 @@ def use_style() -> None:
 
 
 def png(figure: Any) -> bytes:
-    """The figure as a PNG file's bytes; the figure is closed.
+    """The figure as a PNG file's bytes, in at most 64 colours: a quarter of the size. The figure is closed.
 
     Taught in notebook 01.
     """
     import matplotlib.pyplot as plt
+    from PIL import Image
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png")
     plt.close(figure)
-    return buffer.getvalue()
+    image = Image.open(full).convert("RGB")
+    image.quantize(64, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
+
+
+def show(figure: Any) -> Any:
+    """The figure as a notebook's output, a small PNG; the last expression of a cell.
+
+    Taught in notebook 01.
+    """
+    from IPython.display import Image
+
+    return Image(png(figure), format="png")
 
 
 def decision_map(axes: Any, network: nn.Module, extent: float) -> None:
@@ -109,9 +122,7 @@ def scatter(axes: Any, points: Tensor, labels: Tensor | None, extent: float) -> 
         axes.text(0.98, 0.02, note, transform=axes.transAxes, ha="right", fontsize=8, bbox=style)
 
 
-def lines(
-    axes: Any, series: Mapping[str, Sequence[float]], x: Sequence[float] | None = None, **labels: str
-) -> None:
+def lines(axes: Any, series: Mapping[str, Sequence[float]], x: Sequence[float] | None = None, **labels: str) -> None:
     """One line per series, told apart by lightness and dash pattern.
 
     Args:
@@ -166,9 +177,7 @@ def bars(
         axes.legend()
 
 
-def image_grid(
-    axes: Any, images: Tensor, mean: Sequence[float], std: Sequence[float], columns: int = 8
-) -> None:
+def image_grid(axes: Any, images: Tensor, mean: Sequence[float], std: Sequence[float], columns: int = 8) -> None:
     """Draw a batch of normalized images as a grid, back in their original colours.
 
     Args:

@@ -119,9 +119,7 @@ def points_from_statistics(network: nn.Module, start: Tensor, steps: int = 300) 
     Taught in notebook 01.
     """
     if bool((start == start[:1]).all()):
-        raise InputError(
-            "start has all points on one spot, from which they never part: spread them, noise=1.0"
-        )
+        raise InputError("start has all points on one spot, from which they never part: spread them, noise=1.0")
     points = start.clone().requires_grad_()
     with batchnorm.BatchNormProbe(network) as probe:
 
@@ -160,6 +158,11 @@ class Generator(nn.Module):
         """Points, shape (count, 2), and the labels they were asked for, shape (count,), balanced."""
         labels = torch.arange(count) % self.embedding.num_embeddings
         return self(torch.randn(count, self.embedding.embedding_dim), labels), labels
+
+    @torch.no_grad()
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """What ``sample`` gives, from the trained generator: in eval mode and without gradients."""
+        return self.eval().sample(count)
 
 
 def train_generator(

@@ -92,9 +92,7 @@ def slider(value: float, low: float, high: float, step: float, description: str,
         kind = ipywidgets.IntSlider
     layout, style = ipywidgets.Layout(width="28em"), {"description_width": "13em"}
     limits = {"min": low, "max": high, "step": step}
-    return kind(
-        value=value, **limits, description=description, continuous_update=False, layout=layout, style=style
-    )
+    return kind(value=value, **limits, description=description, continuous_update=False, layout=layout, style=style)
 
 
 def check_parameters(given: Mapping[str, Any], allowed: Mapping[str, tuple[type, float, float]]) -> None:

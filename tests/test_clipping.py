@@ -41,9 +41,7 @@ def test_mse_finds_a_range_far_inside_an_outlier() -> None:
 def test_zeros_of_a_relu_cost_nothing() -> None:
     x = torch.randn(50_000).relu()
     padded = torch.cat([x, torch.zeros(50_000)])
-    assert threshold(padded, 4, "mse", signed=False) == pytest.approx(
-        threshold(x, 4, "mse", signed=False), rel=0.03
-    )
+    assert threshold(padded, 4, "mse", signed=False) == pytest.approx(threshold(x, 4, "mse", signed=False), rel=0.03)
 
 
 def test_fewer_bits_clip_more() -> None:

@@ -99,9 +99,7 @@ class FakeSvhn:
         self.labels = np.array([1, 0])
 
 
-@pytest.mark.parametrize(
-    ("name", "attribute"), [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100"), ("svhn", "SVHN")]
-)
+@pytest.mark.parametrize(("name", "attribute"), [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100"), ("svhn", "SVHN")])
 def test_channels_come_first_whatever_torchvision_stores(
     name: str, attribute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,9 +146,7 @@ def test_unknown_names_and_splits_list_the_known_ones() -> None:
 
 
 def test_a_folder_is_read_in_order_of_class_and_file_name(folder: Path) -> None:
-    images, labels = data.images_and_labels(
-        data.image_folder(folder, mean=(0, 0, 0), std=(1, 1, 1), batch_size=3)
-    )
+    images, labels = data.images_and_labels(data.image_folder(folder, mean=(0, 0, 0), std=(1, 1, 1), batch_size=3))
     assert (images[:, 0, 0, 0] * 255).tolist() == pytest.approx([1, 2, 3, 4])
     assert labels.tolist() == [0, 0, 1, 1]
     assert images.shape == (4, 3, 4, 6)  # height before width
@@ -230,9 +226,7 @@ def test_images_of_different_sizes_are_refused_with_both_sizes(folder: Path) -> 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"], ids=["empty", "text", "truncated"])
 def test_a_file_that_is_no_image_is_named(folder: Path, content: bytes | str) -> None:
     whole = (folder / "dog" / "a.png").read_bytes()
-    (folder / "dog" / "broken.png").write_bytes(
-        whole[: len(whole) // 2] if isinstance(content, str) else content
-    )
+    (folder / "dog" / "broken.png").write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
     assert "broken.png" in refusal(folder)
 
 
@@ -240,9 +234,7 @@ def test_a_file_that_is_no_image_is_named(folder: Path, content: bytes | str) ->
     ("mean", "std"),
     [((0.5,), (0.5, 0.5, 0.5)), ((0.5, 0.5), (1, 1)), ((0.5,), (0,)), ((math.nan,), (1,)), ((), ())],
 )
-def test_impossible_normalization_is_refused(
-    folder: Path, mean: tuple[float, ...], std: tuple[float, ...]
-) -> None:
+def test_impossible_normalization_is_refused(folder: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     assert "mean=" in refusal(folder, mean=mean, std=std)
 
 

@@ -39,9 +39,7 @@ def test_images_are_normalized_and_every_weight_learns(generator: Generator) -> 
 
 @pytest.mark.parametrize("generator", _all(), ids=lambda generator: type(generator).__name__)
 def test_sampling_repeats_with_its_source_of_randomness(generator: Generator) -> None:
-    first, second, other = (
-        generator.sample(2, rng=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    )
+    first, second, other = (generator.sample(2, rng=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
 

@@ -27,9 +27,7 @@ def _certain(*classes: int, of: int = 4) -> Tensor:
 @pytest.fixture
 def probe() -> Iterator[BatchNormProbe]:
     """Two layers in a row, their stored mean and variance (0, 1) and (1, 4)."""
-    model = nn.Sequential(
-        nn.BatchNorm2d(1, eps=1e-5, affine=False), nn.BatchNorm2d(1, eps=1e-5, affine=False)
-    ).eval()
+    model = nn.Sequential(nn.BatchNorm2d(1, eps=1e-5, affine=False), nn.BatchNorm2d(1, eps=1e-5, affine=False)).eval()
     model[1].running_mean.fill_(1.0)
     model[1].running_var.fill_(4.0)
     with BatchNormProbe(model) as probe:
@@ -74,9 +72,7 @@ def test_bn_gaussian_kl_is_that_of_torch(probe: BatchNormProbe) -> None:
 def test_zeroq_takes_each_image_alone(probe: BatchNormProbe) -> None:
     std = 3 * math.sqrt(2)  # unbiased, of two pixels
     layers = (2 - 0) ** 2 + (std - 1) ** 2 + (2 - 1) ** 2 + (std - 2) ** 2
-    loss = losses.zeroq_loss(
-        probe, _plus_minus(0.0, 1 / math.sqrt(2))
-    )  # the images themselves are as they should be
+    loss = losses.zeroq_loss(probe, _plus_minus(0.0, 1 / math.sqrt(2)))  # the images themselves are as they should be
     assert loss.item() == pytest.approx(layers, rel=1e-3)
 
 
@@ -220,12 +216,7 @@ def test_objectives_are_the_weighted_sums_of_the_papers(probe: BatchNormProbe) -
         ),
         (
             losses.akd_generator_loss(teacher, [student, teacher], probe),
-            0.01
-            * (
-                losses.bn_gaussian_kl_loss(probe)
-                + losses.sample_entropy(teacher)
-                - losses.batch_entropy(teacher)
-            )
+            0.01 * (losses.bn_gaussian_kl_loss(probe) + losses.sample_entropy(teacher) - losses.batch_entropy(teacher))
             - kd / 2,
         ),
         (

@@ -26,10 +26,7 @@ ASSETS = Path(models.__file__).with_name("assets")
 
 @torch.no_grad()
 def correct(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    return sum(
-        int((model(x).argmax(1) == y).sum())
-        for x, y in zip(images.split(128), labels.split(128), strict=True)
-    )
+    return sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(128), labels.split(128), strict=True))
 
 
 def small() -> nn.Module:
@@ -66,9 +63,7 @@ def refusal(path: Path, model: nn.Module | None = None, **options: str) -> str:
         ("cifar10_resnet56", "resnet56-4bfd9763.th", 943),  # 92.72 %
     ],
 )
-def test_public_cifar10_checkpoints_keep_their_accuracy(
-    shared_data: Path, name: str, file: str, right: int
-) -> None:
+def test_public_cifar10_checkpoints_keep_their_accuracy(shared_data: Path, name: str, file: str, right: int) -> None:
     known = models.info(name)
     model = models.load_model(name, checkpoint=shared_data / "models" / file, sha256=known.sha256)
     loader = image_folder(shared_data / "cifar10" / "test", known.mean, known.std, classes=known.classes)
@@ -301,9 +296,7 @@ def test_a_hash_that_is_none_is_refused(saved: Path, sha256: str) -> None:
         models.load_checkpoint(small(), saved, sha256=sha256)
 
 
-@pytest.mark.parametrize(
-    "content", [{}, {"epoch": 3}, [torch.zeros(1)], {"state_dict": {"a": 1}}, torch.zeros(1)]
-)
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, [torch.zeros(1)], {"state_dict": {"a": 1}}, torch.zeros(1)])
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "other.pt")
     assert "no state dict" in refusal(tmp_path / "other.pt")
@@ -360,9 +353,7 @@ def test_a_url_is_fetched_once_and_its_hash_checked(hub: list[str]) -> None:
     for _ in range(2):
         models.load_model("digits_resnet8", checkpoint=url, sha256=sha256)
     assert hub == [url]
-    with pytest.raises(
-        InputError, match="expected 00000000"
-    ):  # another file of that name, not the cached one
+    with pytest.raises(InputError, match="expected 00000000"):  # another file of that name, not the cached one
         models.load_model("digits_resnet8", checkpoint=url, sha256="0" * 8)
 
 

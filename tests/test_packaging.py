@@ -28,9 +28,7 @@ def read(name: str) -> str:
 def requirements(*extras: str) -> list[Requirement]:
     """The core dependencies and those of the named extras."""
     optional = PROJECT["optional-dependencies"]
-    return [
-        Requirement(line) for line in PROJECT["dependencies"] + [r for name in extras for r in optional[name]]
-    ]
+    return [Requirement(line) for line in PROJECT["dependencies"] + [r for name in extras for r in optional[name]]]
 
 
 def pins() -> dict[str, str]:

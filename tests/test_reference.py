@@ -75,9 +75,7 @@ def test_clip_thresholds(arrays: dict[str, Tensor], scalars: dict[str, float], d
 
 @pytest.mark.parametrize("method", clipping.METHODS)
 @pytest.mark.parametrize("data", CLIP_DATA)
-def test_error_of_a_threshold(
-    arrays: dict[str, Tensor], scalars: dict[str, float], data: str, method: str
-) -> None:
+def test_error_of_a_threshold(arrays: dict[str, Tensor], scalars: dict[str, float], data: str, method: str) -> None:
     for bits in CLIP_BITS:
         clip = scalars[f"clip_{data}_{bits}_{method}"]
         error = float(clipping.quantization_error(arrays[f"clip_{data}"], clip, bits, signed=data != "relu"))

@@ -17,9 +17,7 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 def write_notebook(path: Path, *sources: str) -> Path:
     """A notebook with a title, a parameters cell and the given code cells."""
     parameters = new_code_cell("bits: str = 'w4a4'\nseed: int = 0", metadata={"tags": ["parameters"]})
-    notebook = new_notebook(
-        cells=[new_markdown_cell("# 01 · A lesson"), parameters, *map(new_code_cell, sources)]
-    )
+    notebook = new_notebook(cells=[new_markdown_cell("# 01 · A lesson"), parameters, *map(new_code_cell, sources)])
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, path)
     return path

@@ -51,9 +51,7 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
         }
     )
     for cell in notebook.cells:
-        cell.metadata = nbformat.from_dict(
-            {key: cell.metadata[key] for key in ("tags",) if key in cell.metadata}
-        )
+        cell.metadata = nbformat.from_dict({key: cell.metadata[key] for key in ("tags",) if key in cell.metadata})
         for output in cell.get("outputs", []):
             # A view refers to a widget by a random identifier that only its own kernel knows.
             output.get("data", {}).pop(WIDGET_VIEW, None)

@@ -135,9 +135,7 @@ def displayed_json(notebook: nbformat.NotebookNode) -> dict[str, Any]:
 
 def find_title(notebook: nbformat.NotebookNode) -> str | None:
     """Find the first heading."""
-    headings = (
-        re.search(r"^# (.+)$", cell.source, re.M) for cell in notebook.cells if cell.cell_type == "markdown"
-    )
+    headings = (re.search(r"^# (.+)$", cell.source, re.M) for cell in notebook.cells if cell.cell_type == "markdown")
     return next((heading[1].strip() for heading in headings if heading), None)
 
 
@@ -176,18 +174,13 @@ td {{ padding-right: 2rem; }}
 def run_all(notebooks: dict[str, Path], output: Path, parameters: dict[str, Any], jobs: int) -> Iterator[Run]:
     """Execute the notebooks, ``jobs`` at a time, and yield each as it ends."""
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        names = {
-            pool.submit(run_notebook, name, file, output, parameters): name
-            for name, file in notebooks.items()
-        }
+        names = {pool.submit(run_notebook, name, file, output, parameters): name for name, file in notebooks.items()}
         try:
             for done in as_completed(names):
                 try:
                     yield done.result()
                 except BrokenProcessPool:
-                    yield Run(
-                        names[done], names[done], 0.0, "its process was killed; is there enough memory?"
-                    )
+                    yield Run(names[done], names[done], 0.0, "its process was killed; is there enough memory?")
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -199,9 +192,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks or folders (default: notebooks/)")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "tutorial")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    parser.add_argument(
-        "-j", "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="how many at a time"
-    )
+    parser.add_argument("-j", "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="how many at a time")
     options = parser.parse_intermixed_args(arguments)
     options.parameters = {name: literal(value) for name, value in options.parameter}
     try:
@@ -212,9 +203,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, file in options.notebooks.items() if options.parameters else ():
         known = default_parameters(file)
         if unknown := options.parameters.keys() - known.keys():
-            parser.error(
-                f"{name} has no parameter {sorted(unknown)[0]!r}; it has {', '.join(known) or 'none'}"
-            )
+            parser.error(f"{name} has no parameter {sorted(unknown)[0]!r}; it has {', '.join(known) or 'none'}")
     return options
 
 

@@ -92,9 +92,7 @@ def gdfq_student_loss(
 
     Taught in notebook 08.
     """
-    return label_loss(student, labels) + kd_weight * distillation_loss(
-        student, teacher, temperature, variant=variant
-    )
+    return label_loss(student, labels) + kd_weight * distillation_loss(student, teacher, temperature, variant=variant)
 
 
 def akd_prior_loss(teacher: Tensor, probe: BatchNormProbe) -> Tensor:

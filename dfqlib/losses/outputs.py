@@ -86,9 +86,7 @@ def one_hot_loss(logits: Tensor) -> Tensor:
     return F.cross_entropy(logits, logits.argmax(1))
 
 
-def distillation_loss(
-    student: Tensor, teacher: Tensor, temperature: float = 1.0, *, variant: str = "paper"
-) -> Tensor:
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, variant: str = "paper") -> Tensor:
     """Divergence of the student's class probabilities from the teacher's (DFQF Eq. 2, GDFQ Eq. 8).
 
     Computes ``KL(softmax(teacher / T) || softmax(student / T)) * T^2``, the mean over the batch. The factor

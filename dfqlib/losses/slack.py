@@ -121,9 +121,7 @@ def layerwise_enhancement(probe: BatchNormProbe, margins: Sequence[SlackMargin])
     pairs = _pairs(probe, margins)
     batch = len(pairs[0][0].input)
     if batch != len(pairs):
-        raise InputError(
-            f"batch of {batch} images: layerwise enhancement needs one for each of {len(pairs)} layers"
-        )
+        raise InputError(f"batch of {batch} images: layerwise enhancement needs one for each of {len(pairs)} layers")
     losses = torch.stack([_slack_gap(layer, margin, per_sample=True) for layer, margin in pairs], dim=1)
     return (losses.sum() + losses.diagonal().sum()) / len(pairs)
 
@@ -131,9 +129,7 @@ def layerwise_enhancement(probe: BatchNormProbe, margins: Sequence[SlackMargin])
 def _pairs(probe: BatchNormProbe, margins: Sequence[SlackMargin]) -> list[tuple[LayerInput, SlackMargin]]:
     layers = list(probe)
     if len(layers) != len(margins):
-        raise InputError(
-            f"margins has {len(margins)} entries for {len(layers)} layers: measure them on this network"
-        )
+        raise InputError(f"margins has {len(margins)} entries for {len(layers)} layers: measure them on this network")
     return list(zip(layers, margins, strict=True))
 
 
@@ -143,6 +139,4 @@ def _slack_gap(layer: LayerInput, margin: SlackMargin, per_sample: bool) -> Tens
     gap = ((mean - layer.stored_mean).abs() - margin.mean).clamp_min(0).square().sum(-1)
     if per_sample and layer.input.dim() == 2:
         return gap  # one value of a fully connected layer has no deviation
-    return gap + ((deviation(var) - deviation(layer.stored_var)).abs() - margin.std).clamp_min(
-        0
-    ).square().sum(-1)
+    return gap + ((deviation(var) - deviation(layer.stored_var)).abs() - margin.std).clamp_min(0).square().sum(-1)

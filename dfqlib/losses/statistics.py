@@ -55,9 +55,7 @@ def bn_divergence_loss(probe: BatchNormProbe) -> Tensor:
     for layer in probe:
         mean, var = layer.statistics(unbiased=True)
         log_var = var.clamp_min(layer.eps).log()  # a dead channel must not make the loss infinite
-        total = (
-            total.to(var) + (var - layer.stored_var * log_var + (mean - layer.stored_mean).square()).mean()
-        )
+        total = total.to(var) + (var - layer.stored_var * log_var + (mean - layer.stored_mean).square()).mean()
     return total
 
 

@@ -1,0 +1,24 @@
+"""dfqlib: quantize a trained image classifier without its training data.
+
+>>> import dfqlib
+>>> model = dfqlib.load_model("digits_resnet8")
+>>> report = dfqlib.quantize(model, image_shape=(1, 16, 16), bits="w2a2")
+>>> dfqlib.evaluate(report.model, dfqlib.load_data("digits"))
+"""
+
+from dfqlib import batchnorm, clipping, data, generators, losses, models, quantizer, synthesis, training
+from dfqlib.checkpoints import load_checkpoint
+from dfqlib.data import image_folder, load_data
+from dfqlib.errors import InputError, NonFiniteError
+from dfqlib.evaluate import agreement, compare, evaluate
+from dfqlib.models import load_model
+from dfqlib.recipes import Report, distill, quantize
+from dfqlib.spec import QuantSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InputError", "NonFiniteError", "QuantSpec", "Report", "agreement", "batchnorm", "clipping", "compare", "data",
+    "distill", "evaluate", "generators", "image_folder", "load_checkpoint", "load_data", "load_model", "losses",
+    "models", "quantize", "quantizer", "synthesis", "training",
+]  # fmt: skip

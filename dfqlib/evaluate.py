@@ -1,0 +1,167 @@
+"""How good a network is, and how far it is from its teacher, with the uncertainty that few images leave.
+
+Taught in notebook 07.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dfqlib.errors import InputError
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: Batches) -> float:
+    """Top-1 accuracy in percent.
+
+    Args:
+        model: classifier; its mode is restored afterwards.
+        loader: batches of (images, labels), normalized as the model expects.
+
+    Raises:
+        InputError: no images, images of a shape the model cannot take, or labels beyond its classes.
+
+    Taught in notebook 07.
+    """
+    return 100.0 * float(correct(model, loader).float().mean())
+
+
+@torch.inference_mode()
+def correct(model: nn.Module, loader: Batches) -> Tensor:
+    """Which images are classified correctly, in the loader's order: booleans of shape (N,). Errors as ``evaluate``."""
+    hits = []
+    with _evaluating(model):
+        for images, labels in loader:
+            logits = _run(model, images)
+            if len(labels) and int(labels.max()) >= logits.shape[1]:
+                raise InputError(
+                    f"loader: label {int(labels.max())} is beyond the model's {logits.shape[1]} classes; "
+                    "check the folder names (one folder per class), or pass classes= in the order of the logits"
+                )
+            hits.append(logits.argmax(1).cpu() == labels.cpu())
+    if not hits:
+        raise InputError("loader has no images; check the folder or the data set's name")
+    return torch.cat(hits)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor, batch: int = 256) -> Tensor:
+    """Logits of all images in eval mode, shape (N, classes), on the CPU."""
+    with _evaluating(model):
+        return torch.cat([_run(model, part).cpu() for part in images.split(batch)])
+
+
+def agreement(model: nn.Module, teacher: nn.Module, images: Tensor) -> float:
+    """Share of images on which both choose the same class, in percent."""
+    same = predict(model, images).argmax(1) == predict(teacher, images).argmax(1)
+    return 100.0 * float(same.float().mean())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside its teacher on the same images.
+
+    Attributes:
+        top1: of the model, in percent.
+        teacher_top1: of the teacher, in percent.
+        difference: model minus teacher, in points.
+        standard_error: of the difference, paired: only images on which one is right and the other wrong count.
+        images: how many images there were.
+    """
+
+    top1: float
+    teacher_top1: float
+    difference: float
+    standard_error: float
+    images: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.top1:.2f} % against the teacher's {self.teacher_top1:.2f} %: "
+            f"{self.difference:+.2f} ± {self.standard_error:.2f} points on {self.images:,} images"
+        )
+
+
+def compare(model: nn.Module, teacher: nn.Module, loader: Batches) -> Comparison:
+    """Paired comparison on the same images: far less noisy than two accuracies, whose images vary together.
+
+    Taught in notebook 07.
+    """
+    own, reference = correct(model, loader).float(), correct(teacher, loader).float()
+    change = own - reference
+    return Comparison(
+        top1=100 * float(own.mean()),
+        teacher_top1=100 * float(reference.mean()),
+        difference=100 * float(change.mean()),
+        standard_error=100 * float(change.std(correction=0)) / len(change) ** 0.5,
+        images=len(change),
+    )
+
+
+@torch.inference_mode()
+def sqnr(model: nn.Module, teacher: nn.Module, images: Tensor) -> dict[str, float]:
+    """Signal to quantization noise of each conv's and linear's output, in dB, by the layer's name.
+
+    ``10 log10(sum y^2 / sum (y_q - y)^2)``: every 6 dB are one bit; below about 10 dB a layer no longer does its work.
+
+    Args:
+        model: what ``quantize_layers`` made of the teacher, so that layers have the same names.
+        teacher: the floating-point network.
+        images: one batch, shape (N, C, H, W).
+
+    Taught in notebook 07.
+    """
+    exact, noisy = _layer_outputs(teacher, images), _layer_outputs(model, images)
+    return {
+        name: float(10 * torch.log10(y.square().sum() / (noisy[name] - y).square().sum().clamp(min=1e-30)))
+        for name, y in exact.items()
+        if name in noisy
+    }
+
+
+def _layer_outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    try:
+        with _evaluating(model):
+            _run(model, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _run(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's logits, on the model's device, with a clear error where the images do not fit."""
+    place = next(model.parameters(), torch.empty(0)).device
+    try:
+        logits = model(images.to(place))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the model cannot take images of shape {tuple(images.shape[1:])} ({str(error).splitlines()[0]}); "
+            "check image_shape, or resize the images"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"the model returns {shape}, not logits of shape (batch, classes); wrap it so that it does")
+    return logits

@@ -1,0 +1,197 @@
+"""One system, one file, each reading like its paper's algorithm box; ``quantize`` and ``distill`` run them by name.
+
+A recipe is a module with ``Settings`` (a frozen dataclass), ``BUDGETS`` (settings by budget), ``NEEDS_BATCHNORM`` and
+``quantize(task, spec, settings)``, and where the method distils, ``distill(task, student, settings)``.
+"""
+
+import dataclasses
+import importlib
+import os
+import pkgutil
+import platform
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from dfqlib import batchnorm
+from dfqlib.errors import InputError
+from dfqlib.recipes.base import ImageShape, Outcome, Report, Task, override, prepare_teacher
+from dfqlib.spec import QuantSpec
+from dfqlib.training import Session
+
+__all__ = ["Report", "distill", "names", "quantize"]
+
+
+def names() -> tuple[str, ...]:
+    """The recipes that ``recipe=`` takes: the files of this folder."""
+    return tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base")
+
+
+def quantize(
+    model: nn.Module,
+    image_shape: ImageShape,
+    bits: str | QuantSpec = "w4a4",
+    *,
+    recipe: str = "express",
+    budget: str = "quick",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    **settings: Any,
+) -> Report:
+    """Quantize a trained classifier without data.
+
+    Args:
+        model: any classifier called with images (batch, channels, height, width); left untouched.
+        image_shape: (channels, height, width) of the images it was trained on.
+        bits: widths such as "w4a4", or a QuantSpec.
+        recipe: one of ``recipes.names()``.
+        budget: "quick" for minutes on two CPU cores, "published" for the paper's schedule.
+        seed: everything random follows from it; the same seed, device and thread count give the same bits.
+        device: where to run; None for where the model is.
+        progress: show progress bars.
+        checkpoint: file to save progress to and to resume from.
+        **settings: fields of the recipe's ``Settings`` to change, such as ``steps=1000``.
+
+    Returns:
+        A Report; ``report.model`` is the fake-quantized network in eval mode.
+
+    Raises:
+        InputError: an argument cannot be used; the message says which and what to do.
+        NonFiniteError: a weight or a loss is NaN or infinite.
+
+    Taught in notebook 07.
+    """
+    spec = QuantSpec.parse(bits)
+    method, chosen = _find(recipe, "quantize", budget, settings)
+    run = _Run(model, image_shape, recipe, budget, seed, device, progress, checkpoint, method, chosen, {"spec": spec})
+    return run(lambda task: method.quantize(task, spec, chosen))
+
+
+def distill(
+    model: nn.Module,
+    student: nn.Module,
+    image_shape: ImageShape,
+    *,
+    recipe: str = "dfqf",
+    budget: str = "quick",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    **settings: Any,
+) -> Report:
+    """Train a smaller network to do what a trained classifier does, without data.
+
+    Args:
+        model: the teacher; left untouched.
+        student: an untrained network with as many classes; left untouched, its trained copy is ``report.model``.
+        image_shape: (channels, height, width) of the images the teacher was trained on.
+        recipe: one that distils, such as "dfqf".
+        budget, seed, device, progress, checkpoint, **settings: as for ``quantize``.
+
+    Raises:
+        InputError, NonFiniteError: as ``quantize``.
+
+    Taught in notebook 05.
+    """
+    method, chosen = _find(recipe, "distill", budget, settings)
+    kind = {"student": type(student).__name__}
+    run = _Run(model, image_shape, recipe, budget, seed, device, progress, checkpoint, method, chosen, kind)
+    return run(lambda task: method.distill(task, _fresh_student(student, task), chosen))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Everything around a recipe: checks, seed, threads, time, and the record of how to run it again."""
+
+    model: nn.Module
+    image_shape: ImageShape
+    recipe: str
+    budget: str
+    seed: int
+    device: str | torch.device | None
+    progress: bool
+    checkpoint: str | os.PathLike[str] | None
+    method: ModuleType
+    chosen: Any
+    subject: dict[str, Any]
+
+    def __call__(self, work: Any) -> Report:
+        started = time.perf_counter()
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**31:
+            raise InputError(f"seed={self.seed!r} must be a whole number from 0 to 2^31 - 1")
+        device = _device(self.device, self.model)
+        teacher, classes = prepare_teacher(self.model, self.image_shape, device)
+        if self.method.NEEDS_BATCHNORM:
+            batchnorm.require(teacher, self.recipe)
+        settings = self._record(device)
+        path = None if self.checkpoint is None else Path(self.checkpoint)
+        session = Session(self.seed, self.progress, path, identity=_identity(settings))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            outcome: Outcome = work(Task(teacher, self.image_shape, classes, session))
+        for network in (outcome.model, outcome.calibrated):
+            if network is not None:
+                network.eval().requires_grad_(False)
+        return Report(
+            model=outcome.model,
+            images=outcome.images,
+            history=session.history,
+            seconds=time.perf_counter() - started,
+            settings=settings,
+            calibrated=outcome.calibrated,
+            interrupted=session.interrupted,
+        )
+
+    def _record(self, device: torch.device) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe,
+            "budget": self.budget,
+            "seed": self.seed,
+            "image_shape": list(self.image_shape),
+            **self.subject,
+            **dataclasses.asdict(self.chosen),
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+
+
+def _identity(settings: dict[str, Any]) -> str:
+    ignored = {"device", "threads", "torch", "python"}
+    return ", ".join(f"{name}={value}" for name, value in settings.items() if name not in ignored)
+
+
+def _find(recipe: str, verb: str, budget: str, changes: dict[str, Any]) -> tuple[ModuleType, Any]:
+    if recipe not in names():
+        raise InputError(f'recipe="{recipe}" is unknown; known are {", ".join(names())}')
+    method = importlib.import_module(f"dfqlib.recipes.{recipe}")
+    if not hasattr(method, verb):
+        able = [name for name in names() if hasattr(importlib.import_module(f"dfqlib.recipes.{name}"), verb)]
+        raise InputError(f'recipe="{recipe}" cannot {verb}; those that can are {", ".join(able)}')
+    if budget not in method.BUDGETS:
+        raise InputError(f'budget="{budget}" is unknown; known are {", ".join(method.BUDGETS)}')
+    return method, override(method.BUDGETS[budget], changes, recipe)
+
+
+def _device(device: str | torch.device | None, model: nn.Module) -> torch.device:
+    if device is None:
+        return next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f'device="{device}" is not available here; use "cpu"') from error
+
+
+def _fresh_student(student: nn.Module, task: Task) -> nn.Module:
+    prepared, classes = prepare_teacher(student, task.image_shape, task.device)
+    if classes != task.classes:
+        raise InputError(f"student has {classes} classes and the teacher {task.classes}; give them the same number")
+    return prepared.requires_grad_(True)

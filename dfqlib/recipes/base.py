@@ -1,0 +1,148 @@
+"""What every recipe gets and gives: the task, the outcome, and the checks before any work starts."""
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfqlib import graph, quantizer
+from dfqlib.errors import InputError, NonFiniteError
+from dfqlib.evaluate import predict
+from dfqlib.spec import QuantSpec
+from dfqlib.training import Session, channels_last
+
+ImageShape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One job for a recipe.
+
+    Attributes:
+        teacher: the trained network: a copy, frozen, in eval mode, on the device.
+        image_shape: (channels, height, width).
+        classes: number of logits.
+        session: seed, progress, history, checkpoint.
+    """
+
+    teacher: nn.Module
+    image_shape: ImageShape
+    classes: int
+    session: Session
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher is."""
+        return next(self.teacher.parameters()).device
+
+
+@dataclass
+class Outcome:
+    """What a recipe made.
+
+    Attributes:
+        model: the student, quantized or smaller.
+        images: the synthetic images it was tuned on, (N, C, H, W).
+        calibrated: the quantized network before fine-tuning; None for a smaller student.
+    """
+
+    model: nn.Module
+    images: Tensor
+    calibrated: nn.Module | None = None
+
+
+@dataclass
+class Report:
+    """What ``dfqlib.quantize`` and ``dfqlib.distill`` return.
+
+    Attributes:
+        model: the student in eval mode; for ``quantize`` fake-quantized, with the teacher's layer names.
+        images: the synthetic images, (N, C, H, W), in the teacher's normalized space.
+        history: a row per look at the losses, ready for a DataFrame.
+        seconds: wall time.
+        settings: everything needed to run it again: recipe, budget, seed, widths, the recipe's settings, versions.
+        calibrated: the quantized network before fine-tuning, or None.
+        interrupted: Ctrl-C ended the run early; ``model`` is as far as it came.
+    """
+
+    model: nn.Module
+    images: Tensor
+    history: list[dict[str, Any]] = field(repr=False)
+    seconds: float
+    settings: dict[str, Any]
+    calibrated: nn.Module | None = field(default=None, repr=False)
+    interrupted: bool = False
+
+
+def prepare_teacher(model: nn.Module, image_shape: ImageShape, device: torch.device) -> tuple[nn.Module, int]:
+    """A frozen copy of ``model`` on ``device``, and its number of classes.
+
+    Raises:
+        InputError: not a classifier of such images, or fx reads it differently than Python runs it.
+        NonFiniteError: a weight or a logit is NaN or infinite; names it.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model={type(model).__name__} must be a torch.nn.Module with its weights loaded")
+    check_image_shape(image_shape)
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(f'model: "{name}" holds NaN or infinite values; load a sound checkpoint')
+    teacher = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        images = torch.randn(2, *image_shape)
+    logits = predict(teacher, images)
+    if not bool(torch.isfinite(logits).all()):
+        raise NonFiniteError("model: its logits on Gaussian images are NaN or infinite; load a sound checkpoint")
+    traced = predict(graph.trace(teacher)[0], images)
+    if not torch.allclose(traced, logits, rtol=1e-3, atol=1e-4 * (1 + float(logits.abs().max()))):
+        raise InputError(
+            "model: its traced graph computes something else, so it depends on values or changes tensors in place "
+            "(x += ...); write those lines out of place"
+        )
+    return channels_last(teacher), logits.shape[1]
+
+
+def check_image_shape(image_shape: Any) -> None:
+    """Raise InputError unless image_shape is (channels, height, width)."""
+    sound = isinstance(image_shape, tuple | list) and len(image_shape) == 3
+    if not sound or not all(isinstance(side, int) and side > 0 for side in image_shape):
+        raise InputError(f"image_shape={image_shape!r} must be (channels, height, width), for example (3, 32, 32)")
+
+
+def calibrated_student(
+    task: Task, spec: QuantSpec, images: Tensor, *, method: str = "mse", lower_bound: float = 0.0
+) -> nn.Module:
+    """The quantized network with its ranges set from ``images``, in eval mode."""
+    student = channels_last(quantizer.quantize_layers(task.teacher, spec))
+    quantizer.calibrate(student, images, method, lower_bound)
+    return student.requires_grad_(True) if spec.step == "learned" else _fixed_ranges(student)
+
+
+def _fixed_ranges(student: nn.Module) -> nn.Module:
+    student.requires_grad_(True)
+    for _, ranges in quantizer.quantizers(student):
+        ranges.requires_grad_(False)
+    return student
+
+
+def check_settings(settings: Any, **rules: tuple[float, float]) -> None:
+    """Raise InputError for the first field of a settings dataclass outside its (smallest, largest) value."""
+    for name, (low, high) in rules.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            bound = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+            raise InputError(f"{name}={value!r} must be a number {bound}")
+
+
+def override(settings: Any, changes: dict[str, Any], recipe: str) -> Any:
+    """The settings with ``changes``, refusing fields that the recipe does not have."""
+    known = [item.name for item in dataclasses.fields(settings)]
+    for name in changes:
+        if name not in known:
+            raise InputError(f'{name}= is no setting of recipe="{recipe}"; it has {", ".join(known)}')
+    return dataclasses.replace(settings, **changes)

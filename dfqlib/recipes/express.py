@@ -1,0 +1,135 @@
+"""Express, our own quick path: a few hundred images out of noise, then a short fine-tuning against the teacher.
+
+1. Optimize one batch of noise until each BatchNorm layer sees its stored mean and variance (norms not squared, as
+   in DeepInversion; ``losses.bn_norm_loss``) and the teacher its label, under a random shift and flip.
+2. Quantize the network and set its steps from those images by the MSE criterion.
+3. Fine-tune weights and steps against the teacher's soft outputs, with CutMix of the images, BatchNorm fixed.
+
+Taught in notebook 07.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfqlib import losses, quantizer, synthesis
+from dfqlib.batchnorm import BatchNormProbe
+from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
+from dfqlib.spec import QuantSpec
+from dfqlib.training import Stateful, mixed_precision
+
+NEEDS_BATCHNORM = True
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of express.
+
+    Attributes:
+        images: synthetic images, optimized in one batch.
+        synthesis_steps: Adam steps on the pixels, at a cosine-decayed ``synthesis_lr``.
+        label_weight: weight of the label cross-entropy beside the BatchNorm loss.
+        shift: largest random shift in pixels; flip: random mirroring.
+        steps: fine-tuning steps of ``batch`` images.
+        lr: peak learning rate of Adam's one cycle at 4 bits, doubled with each bit fewer.
+        step_lr: learning rate of the steps as a share of ``lr``.
+        temperature: of the distillation loss.
+        cutmix: share of fine-tuning batches in which a box of each image comes from another.
+        bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
+    """
+
+    images: int = 256
+    synthesis_steps: int = 200
+    synthesis_lr: float = 0.1
+    label_weight: float = 0.2
+    shift: int = 2
+    flip: bool = True
+    steps: int = 300
+    batch: int = 64
+    lr: float = 2e-4
+    step_lr: float = 0.1
+    temperature: float = 4.0
+    cutmix: float = 1.0
+    bf16: bool = True
+
+    def __post_init__(self) -> None:
+        check_settings(
+            self, images=(2, math.inf), synthesis_steps=(1, math.inf), steps=(0, math.inf), batch=(1, math.inf),
+            synthesis_lr=(0, math.inf), lr=(0, math.inf), step_lr=(0, math.inf), label_weight=(0, math.inf),
+            temperature=(1e-3, math.inf), shift=(0, math.inf), cutmix=(0, 1),
+        )  # fmt: skip
+
+
+BUDGETS = {"quick": Settings(), "published": Settings(images=1024, synthesis_steps=500, steps=4000)}
+
+
+def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
+    """Noise to images, images to ranges, ranges and weights fine-tuned."""
+    images = synthesize(task, settings)
+    calibrated = calibrated_student(task, spec, images)
+    student = copy.deepcopy(calibrated)
+    fine_tune(task, student, images, spec, settings)
+    return Outcome(student, images, calibrated)
+
+
+def synthesize(task: Task, settings: Settings) -> Tensor:
+    """Images whose BatchNorm statistics and labels suit the teacher, shape (images, C, H, W)."""
+
+    def objective(_: Tensor, logits: Tensor, probe: BatchNormProbe, labels: Tensor) -> dict[str, Tensor]:
+        statistics, label = losses.bn_norm_loss(probe), F.cross_entropy(logits, labels)
+        return {"loss": statistics + settings.label_weight * label, "bn": statistics, "label": label}
+
+    def optimizer(pixels: list[nn.Parameter]) -> tuple[torch.optim.Optimizer, synthesis.Schedule]:
+        adam = torch.optim.Adam(pixels, settings.synthesis_lr)
+        return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, settings.synthesis_steps)
+
+    labels = synthesis.balanced_labels(settings.images, task.classes, task.device)
+    augment = partial(synthesis.shift_and_flip, shift=settings.shift, flip=settings.flip)
+    return synthesis.from_noise(
+        task.teacher, labels, task.image_shape, objective, optimizer, settings.synthesis_steps, task.session,
+        batch=settings.images, augment=augment, bf16=settings.bf16,
+    )  # fmt: skip
+
+
+def fine_tune(task: Task, student: nn.Module, images: Tensor, spec: QuantSpec, settings: Settings) -> None:
+    """Bring ``student`` close to the teacher on mixtures of ``images``, in place."""
+    lr = settings.lr * 2.0 ** (4 - min(4, spec.weight_bits, spec.activation_bits))
+    adam = torch.optim.Adam(quantizer.parameter_groups(student, lr, lr * settings.step_lr))
+    peaks = [group["lr"] for group in adam.param_groups]
+    cycle = torch.optim.lr_scheduler.OneCycleLR(adam, peaks, total_steps=max(settings.steps, 1))
+
+    def step(_: int) -> dict[str, Tensor]:
+        chosen = images[torch.randint(len(images), (settings.batch,))]
+        batch = synthesis.shift_and_flip(chosen, settings.shift, settings.flip)
+        if torch.rand(()) < settings.cutmix:
+            batch = cutmix(batch)
+        with mixed_precision(task.device, settings.bf16):
+            with torch.no_grad():
+                target = task.teacher(batch)
+            loss = losses.distillation_loss(student(batch), target, settings.temperature)
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        adam.step()
+        cycle.step()
+        return {"loss": loss}
+
+    state: dict[str, Stateful] = {"student": student, "optimizer": adam, "schedule": cycle}
+    check = partial(quantizer.check_steps, student)
+    task.session.loop("fine-tuning", settings.steps, step, state, check)
+
+
+def cutmix(images: Tensor) -> Tensor:
+    """Replace a random box of each image by that of another; its area is uniform in 0 ... 1 (CutMix, Yun et al.)."""
+    height, width = images.shape[2:]
+    share = float(torch.rand(())) ** 0.5
+    tall, wide = round(height * share), round(width * share)
+    top = int(torch.randint(height - tall + 1, ()))
+    left = int(torch.randint(width - wide + 1, ()))
+    mixed = images.clone()
+    mixed[:, :, top : top + tall, left : left + wide] = images.flip(0)[:, :, top : top + tall, left : left + wide]
+    return mixed

@@ -1,0 +1,128 @@
+"""Images without data: pixels optimized until the teacher's BatchNorm layers see what they remember.
+
+Taught in notebook 03.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from dfqlib.batchnorm import BatchNormProbe
+from dfqlib.generators import Generator
+from dfqlib.training import Session, Stateful, mixed_precision
+
+Losses = Mapping[str, Tensor]
+Objective = Callable[[Tensor, Tensor, BatchNormProbe, Tensor], Losses]
+"""(images, the teacher's logits, its probe, labels) -> losses by name, of which "loss" is minimized."""
+Schedule = LRScheduler | ReduceLROnPlateau
+
+
+class _Canvas(nn.Module):
+    """The pixels being optimized, in a module so that a checkpoint can hold them."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        super().__init__()
+        self.pixels = nn.Parameter(pixels)
+
+
+def from_noise(
+    teacher: nn.Module,
+    labels: Tensor,
+    image_shape: tuple[int, int, int],
+    objective: Objective,
+    optimizer: Callable[[list[nn.Parameter]], tuple[Optimizer, Schedule]],
+    steps: int,
+    session: Session,
+    *,
+    batch: int = 256,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    bf16: bool = False,
+) -> Tensor:
+    """Optimize Gaussian noise into one image per label.
+
+    Args:
+        teacher: the trained network, frozen and in eval mode, its BatchNorm layers intact.
+        labels: the class each image is to show, shape (N,); an objective may ignore them.
+        image_shape: (channels, height, width).
+        objective: what the images are to minimize.
+        optimizer: makes the optimizer of a batch's pixels and its learning rate schedule.
+        steps: optimization steps for each batch.
+        session: progress, history, checkpoint.
+        batch: images optimized together; BatchNorm statistics are matched over the batch.
+        augment: random change of the images before the teacher sees them, such as ``shift_and_flip``.
+        bf16: run the teacher in bfloat16 where the processor has it: about twice as fast.
+
+    Returns:
+        Images in the teacher's normalized space, shape (N, channels, height, width).
+
+    Taught in notebook 03.
+    """
+    parts = labels.split(batch)
+    made = []
+    for index, part in enumerate(parts):
+        phase = "synthesis" if len(parts) == 1 else f"synthesis {index + 1}/{len(parts)}"
+        torch.manual_seed(session.seed + index)
+        noise = torch.randn(len(part), *image_shape).to(part.device)
+        canvas = _Canvas(noise.contiguous(memory_format=torch.channels_last))
+        adjust, schedule = optimizer([canvas.pixels])
+        with BatchNormProbe(teacher) as probe:
+
+            def losses(part: Tensor = part, canvas: _Canvas = canvas, probe: BatchNormProbe = probe) -> Losses:
+                images = canvas.pixels if augment is None else augment(canvas.pixels)
+                with mixed_precision(part.device, bf16):
+                    return objective(images, teacher(images), probe, part)
+
+            state: dict[str, Stateful] = {"images": canvas, "optimizer": adjust, "schedule": schedule}
+            session.loop(phase, steps, partial(_descend, losses, adjust, schedule), state)
+        made.append(canvas.pixels.detach())
+    return torch.cat(made)
+
+
+def _descend(losses: Callable[[], Losses], optimizer: Optimizer, schedule: Schedule, _: int) -> Losses:
+    values = losses()
+    optimizer.zero_grad(set_to_none=True)
+    values["loss"].backward()
+    optimizer.step()
+    if isinstance(schedule, ReduceLROnPlateau):
+        schedule.step(values["loss"].detach())
+    else:
+        schedule.step()
+    return values
+
+
+def shift_and_flip(images: Tensor, shift: int = 2, flip: bool = True) -> Tensor:
+    """Shift a batch by up to ``shift`` pixels each way, wrapping around, and mirror it half of the time.
+
+    One draw for the whole batch, as DeepInversion does: what the teacher sees must not depend on a pixel's place.
+    """
+    down, right = torch.randint(-shift, shift + 1, (2,)).tolist()
+    images = images.roll((down, right), (2, 3))
+    return images.flip(3) if flip and torch.rand(()) < 0.5 else images
+
+
+def balanced_labels(count: int, classes: int, device: torch.device | str = "cpu") -> Tensor:
+    """``count`` labels that run through all classes in turn, shape (count,)."""
+    return torch.arange(count, device=device) % classes
+
+
+@torch.no_grad()
+def from_generator(generator: Generator, count: int, *, batch: int = 256) -> tuple[Tensor, Tensor | None]:
+    """Draw images from a generator in eval mode, with balanced labels where it takes labels.
+
+    Returns:
+        Images, shape (count, channels, height, width), and their labels, or None for an unconditional generator.
+
+    Taught in notebook 04.
+    """
+    generator.eval()
+    device = next(generator.parameters()).device
+    labels = None if generator.classes is None else balanced_labels(count, generator.classes, device)
+    parts = [
+        generator.sample(len(rows), None if labels is None else labels[rows])
+        for rows in torch.arange(count, device=device).split(batch)
+    ]
+    return torch.cat(parts), labels

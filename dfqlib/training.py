@@ -1,0 +1,219 @@
+"""The one loop under every phase of every recipe: progress, history, Ctrl-C, checkpoint and resume.
+
+A phase is a step function called so many times. The step returns its losses as scalar tensors; the loop records
+them, stops at the first one that is not finite, and saves or restores whatever has a ``state_dict``.
+
+Taught in notebook 07.
+"""
+
+import os
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dfqlib.errors import InputError, NonFiniteError
+
+LOOK_EVERY = 10
+"""Steps between two looks at the losses' values: each look waits for the device to finish."""
+SAVE_EVERY = 30.0
+"""Seconds between two checkpoints."""
+
+
+class Stateful(Protocol):
+    """Anything that can be saved and restored: a module, an optimizer, a scheduler."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+Step = Callable[[int], Mapping[str, Tensor]]
+
+
+@dataclass
+class Session:
+    """One run of a recipe: its seed, its history and, where wanted, its checkpoint file.
+
+    Attributes:
+        seed: with the phase's name it seeds each phase, so that a resumed run draws what an unbroken one draws.
+        progress: show a bar per phase.
+        checkpoint: file to save to and to resume from; None for neither.
+        identity: the run's settings; a checkpoint of another identity is refused.
+        history: a row per look, ``{"phase", "step", "seconds", <loss>: value, ...}``, ready for a DataFrame.
+        interrupted: Ctrl-C ended a phase early; the phases after it are skipped and what is done stands.
+
+    Taught in notebook 07.
+    """
+
+    seed: int = 0
+    progress: bool = True
+    checkpoint: Path | None = None
+    identity: str = ""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False
+    _phases: dict[str, Any] = field(default_factory=dict)
+    _started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is None:
+            return
+        check_writable(self.checkpoint, "checkpoint")
+        if self.checkpoint.exists():
+            self._resume(self.checkpoint)
+
+    def loop(
+        self,
+        phase: str,
+        steps: int,
+        step: Step,
+        state: Mapping[str, Stateful],
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        """Call ``step(i)`` for i = 0 ... steps - 1, resuming where the checkpoint left off.
+
+        Args:
+            phase: name in the history and the checkpoint, unique within the run.
+            steps: number of steps.
+            step: does one step and returns its losses, scalar tensors by name; nothing reads them in between.
+            state: what must be saved for the phase to be resumed.
+            check: called at every look; raises when something else than a loss went wrong.
+
+        Raises:
+            NonFiniteError: a loss became NaN or infinite; names the phase, the loss and the step.
+        """
+        if self.interrupted:
+            return
+        torch.manual_seed(self.seed + zlib.crc32(phase.encode()))
+        first = self._restore(phase, state)
+        saved, pending = time.perf_counter(), []
+        bar = tqdm(
+            range(first, steps),
+            initial=first,
+            total=steps,
+            desc=phase,
+            disable=not self.progress,
+            leave=False,
+        )
+        done = first
+        try:
+            for done in bar:
+                pending.append(step(done))
+                if (done + 1) % LOOK_EVERY == 0 or done + 1 == steps:
+                    bar.set_postfix(self._look(phase, done, pending))
+                    if check is not None:
+                        check()
+                    pending = []
+                    if self.checkpoint and time.perf_counter() - saved > SAVE_EVERY and done + 1 < steps:
+                        self._save(phase, done + 1, state)
+                        saved = time.perf_counter()
+            done = steps
+        except KeyboardInterrupt:
+            self.interrupted = True
+            tqdm.write(f"{phase}: interrupted at step {done} of {steps}; keeping what is done")
+        self._save(phase, done, state)
+
+    def _look(self, phase: str, last: int, pending: list[Mapping[str, Tensor]]) -> dict[str, str]:
+        names = list(pending[-1])
+        values = torch.stack([torch.stack([losses[name].detach().float() for name in names]) for losses in pending])
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            raise NonFiniteError(
+                f'{phase}: the loss "{names[column]}" became {float(values[row, column])} at step '
+                f"{last - len(pending) + 1 + row}; lower the learning rate or check the teacher's outputs"
+            )
+        means = dict(zip(names, values.mean(0).tolist(), strict=True))
+        seconds = round(time.perf_counter() - self._started, 3)
+        self.history.append({"phase": phase, "step": last + 1, "seconds": seconds, **means})
+        return {name: f"{value:.3g}" for name, value in means.items()}
+
+    def _restore(self, phase: str, state: Mapping[str, Stateful]) -> int:
+        if phase not in self._phases:
+            return 0
+        saved = self._phases[phase]
+        for name, item in state.items():
+            item.load_state_dict(saved["state"][name])
+        torch.set_rng_state(saved["rng"])
+        return int(saved["step"])
+
+    def _save(self, phase: str, step: int, state: Mapping[str, Stateful]) -> None:
+        if self.checkpoint is None:
+            return
+        states = {name: item.state_dict() for name, item in state.items()}
+        self._phases[phase] = {"step": step, "state": states, "rng": torch.get_rng_state()}
+        content = {"identity": self.identity, "phases": self._phases, "history": self.history}
+        with written_whole(self.checkpoint) as temporary:
+            torch.save(content, temporary)
+
+    def _resume(self, path: Path) -> None:
+        try:
+            content = torch.load(path, weights_only=True)
+            identity, phases, history = content["identity"], content["phases"], content["history"]
+        except Exception as error:
+            raise InputError(
+                f"checkpoint={path} is not a checkpoint of a dfqlib run; name another file or remove it"
+            ) from error
+        if identity != self.identity:
+            raise InputError(
+                f"checkpoint={path} belongs to a run with other settings ({identity}, now {self.identity}); "
+                "repeat those settings or name another file"
+            )
+        self._phases, self.history = phases, history
+
+
+def mixed_precision(device: torch.device, enabled: bool = True) -> torch.autocast:
+    """bfloat16 inside the block where the processor multiplies it natively, float32 elsewhere.
+
+    For training and synthesis only: rounding a quantized network's values once more moves its codes, and a 4-bit
+    network evaluated so agrees with itself on 92 % of images.
+    """
+    native = {
+        "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        "cuda": torch.cuda.is_bf16_supported,
+    }
+    supported = device.type in native and native[device.type]()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and supported)
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Lay out the weights of convolutions channels last, in place: a fifth to a third faster on CPUs."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def check_writable(path: Path, argument: str) -> None:
+    """Raise InputError unless a file can be written at ``path``; leaves nothing behind."""
+    folder = path.parent
+    if path.is_dir():
+        raise InputError(f"{argument}={path} is a folder; name a file in it")
+    if not folder.is_dir():
+        raise InputError(f"{argument}={path}: the folder {folder} does not exist; create it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        raise InputError(f"{argument}={path} cannot be written ({error.strerror}); name another place") from error
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary file beside ``path`` that takes its place at the end: a reader never sees half a file."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
