@@ -7,7 +7,10 @@ Taught in notebook 07.
 """
 
 import os
+import signal
+import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -47,7 +50,7 @@ class Session:
         seed: with the phase's name it seeds each phase, so that a resumed run draws what an unbroken one draws.
         progress: show a bar per phase.
         checkpoint: file to save to and to resume from; None for neither.
-        identity: the run's settings; a checkpoint of another identity is refused.
+        identity: the run's settings by name; a checkpoint with other ones is refused.
         history: a row per look, ``{"phase", "step", "seconds", <loss>: value, ...}``, ready for a DataFrame.
         interrupted: Ctrl-C ended a phase early; the phases after it are skipped and what is done stands.
 
@@ -57,7 +60,7 @@ class Session:
     seed: int = 0
     progress: bool = True
     checkpoint: Path | None = None
-    identity: str = ""
+    identity: Mapping[str, str] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
     _phases: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +83,8 @@ class Session:
     ) -> None:
         """Call ``step(i)`` for i = 0 ... steps - 1, resuming where the checkpoint left off.
 
+        Ctrl-C waits for the step at hand, so that what is kept and saved is whole; a second one does not wait.
+
         Args:
             phase: name in the history and the checkpoint, unique within the run.
             steps: number of steps.
@@ -94,7 +99,8 @@ class Session:
             return
         torch.manual_seed(self.seed + zlib.crc32(phase.encode()))
         first = self._restore(phase, state)
-        saved, pending = time.perf_counter(), []
+        saved, done = time.perf_counter(), first
+        pending: list[Mapping[str, Tensor]] = []
         bar = tqdm(
             range(first, steps),
             initial=first,
@@ -103,25 +109,27 @@ class Session:
             disable=not self.progress,
             leave=False,
         )
-        done = first
-        try:
-            for done in bar:
-                pending.append(step(done))
-                if (done + 1) % LOOK_EVERY == 0 or done + 1 == steps:
-                    bar.set_postfix(self._look(phase, done, pending))
-                    if check is not None:
-                        check()
-                    pending = []
-                    if self.checkpoint and time.perf_counter() - saved > SAVE_EVERY and done + 1 < steps:
-                        self._save(phase, done + 1, state)
-                        saved = time.perf_counter()
-            done = steps
-        except KeyboardInterrupt:
-            self.interrupted = True
-            tqdm.write(f"{phase}: interrupted at step {done} of {steps}; keeping what is done")
-        self._save(phase, done, state)
+        with _held_interrupt() as interrupt, bar:
+            try:
+                for index in bar:
+                    pending.append(step(index))
+                    done = index + 1
+                    if done % LOOK_EVERY == 0 or done == steps or interrupt.is_set():
+                        bar.set_postfix(self._look(phase, done, pending))
+                        if check is not None:
+                            check()
+                        pending = []
+                        if self.checkpoint and time.perf_counter() - saved > SAVE_EVERY and done < steps:
+                            self._save(phase, done, state)
+                            saved = time.perf_counter()
+                    if interrupt.is_set():
+                        raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                self.interrupted = True
+                tqdm.write(f"{phase}: interrupted after {done} of {steps} steps; keeping what is done", sys.stderr)
+            self._save(phase, done, state)
 
-    def _look(self, phase: str, last: int, pending: list[Mapping[str, Tensor]]) -> dict[str, str]:
+    def _look(self, phase: str, done: int, pending: list[Mapping[str, Tensor]]) -> dict[str, str]:
         names = list(pending[-1])
         values = torch.stack([torch.stack([losses[name].detach().float() for name in names]) for losses in pending])
         bad = (~torch.isfinite(values)).nonzero()
@@ -129,45 +137,74 @@ class Session:
             row, column = bad[0].tolist()
             raise NonFiniteError(
                 f'{phase}: the loss "{names[column]}" became {float(values[row, column])} at step '
-                f"{last - len(pending) + 1 + row}; lower the learning rate or check the teacher's outputs"
+                f"{done - len(pending) + row}; lower the learning rate or check the teacher's outputs"
             )
         means = dict(zip(names, values.mean(0).tolist(), strict=True))
         seconds = round(time.perf_counter() - self._started, 3)
-        self.history.append({"phase": phase, "step": last + 1, "seconds": seconds, **means})
+        self.history.append({"phase": phase, "step": done, "seconds": seconds, **means})
         return {name: f"{value:.3g}" for name, value in means.items()}
 
     def _restore(self, phase: str, state: Mapping[str, Stateful]) -> int:
         if phase not in self._phases:
             return 0
         saved = self._phases[phase]
-        for name, item in state.items():
-            item.load_state_dict(saved["state"][name])
-        torch.set_rng_state(saved["rng"])
-        return int(saved["step"])
+        try:
+            for name, item in state.items():
+                item.load_state_dict(saved["state"][name])
+            torch.set_rng_state(saved["rng"])
+            return int(saved["step"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"checkpoint={self.checkpoint}: what it holds of {phase} does not fit this run; name another file"
+            ) from error
 
     def _save(self, phase: str, step: int, state: Mapping[str, Stateful]) -> None:
         if self.checkpoint is None:
             return
         states = {name: item.state_dict() for name, item in state.items()}
         self._phases[phase] = {"step": step, "state": states, "rng": torch.get_rng_state()}
-        content = {"identity": self.identity, "phases": self._phases, "history": self.history}
+        content = {"identity": dict(self.identity), "phases": self._phases, "history": self.history}
         with written_whole(self.checkpoint) as temporary:
             torch.save(content, temporary)
 
     def _resume(self, path: Path) -> None:
         try:
-            content = torch.load(path, weights_only=True)
-            identity, phases, history = content["identity"], content["phases"], content["history"]
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            identity, phases, history = dict(content["identity"]), dict(content["phases"]), list(content["history"])
+            earlier = history[-1]["seconds"] if history else 0.0
         except Exception as error:
             raise InputError(
                 f"checkpoint={path} is not a checkpoint of a dfqlib run; name another file or remove it"
             ) from error
-        if identity != self.identity:
+        changed = [name for name in {**identity, **self.identity} if identity.get(name) != self.identity.get(name)]
+        if changed:
+            theirs, ours = (", ".join(f"{n}={run.get(n)}" for n in changed) for run in (identity, self.identity))
             raise InputError(
-                f"checkpoint={path} belongs to a run with other settings ({identity}, now {self.identity}); "
-                "repeat those settings or name another file"
+                f"checkpoint={path} is of a run with {theirs}, now {ours}; repeat its settings or name another file"
             )
         self._phases, self.history = phases, history
+        self._started -= earlier
+
+
+@contextmanager
+def _held_interrupt() -> Iterator[threading.Event]:
+    """Note the first Ctrl-C in an event instead of raising at once, halfway through a step; the second one raises."""
+    interrupt = threading.Event()
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interrupt  # somebody else decides what Ctrl-C does here
+        return
+
+    def note(*_: Any) -> None:
+        if interrupt.is_set():
+            raise KeyboardInterrupt
+        interrupt.set()
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def mixed_precision(device: torch.device, enabled: bool = True) -> torch.autocast:
@@ -194,6 +231,8 @@ def check_writable(path: Path, argument: str) -> None:
     folder = path.parent
     if path.is_dir():
         raise InputError(f"{argument}={path} is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{argument}={path} is no ordinary file, and writing would replace it; name another place")
     if not folder.is_dir():
         raise InputError(f"{argument}={path}: the folder {folder} does not exist; create it first")
     try:

@@ -5,6 +5,7 @@ A recipe is a module with ``Settings`` (a frozen dataclass), ``BUDGETS`` (settin
 """
 
 import dataclasses
+import hashlib
 import importlib
 import os
 import pkgutil
@@ -23,7 +24,7 @@ from dfqlib.recipes.base import ImageShape, Outcome, Report, Task, override, pre
 from dfqlib.spec import QuantSpec
 from dfqlib.training import Session
 
-__all__ = ["Report", "distill", "names", "quantize"]
+__all__ = ["Report", "distill", "find", "names", "quantize", "usable_device"]
 
 
 def names() -> tuple[str, ...]:
@@ -68,7 +69,7 @@ def quantize(
     Taught in notebook 07.
     """
     spec = QuantSpec.parse(bits)
-    method, chosen = _find(recipe, "quantize", budget, settings)
+    method, chosen = find(recipe, "quantize", budget, settings)
     run = _Run(model, image_shape, recipe, budget, seed, device, progress, checkpoint, method, chosen, {"spec": spec})
     return run(lambda task: method.quantize(task, spec, chosen))
 
@@ -100,7 +101,7 @@ def distill(
 
     Taught in notebook 05.
     """
-    method, chosen = _find(recipe, "distill", budget, settings)
+    method, chosen = find(recipe, "distill", budget, settings)
     kind = {"student": type(student).__name__}
     run = _Run(model, image_shape, recipe, budget, seed, device, progress, checkpoint, method, chosen, kind)
     return run(lambda task: method.distill(task, _fresh_student(student, task), chosen))
@@ -126,7 +127,7 @@ class _Run:
         started = time.perf_counter()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**31:
             raise InputError(f"seed={self.seed!r} must be a whole number from 0 to 2^31 - 1")
-        device = _device(self.device, self.model)
+        device = usable_device(self.device, self.model)
         teacher, classes = prepare_teacher(self.model, self.image_shape, device)
         if self.method.NEEDS_BATCHNORM:
             batchnorm.require(teacher, self.recipe)
@@ -153,6 +154,7 @@ class _Run:
             "recipe": self.recipe,
             "budget": self.budget,
             "seed": self.seed,
+            "model": f"{type(self.model).__name__} {_fingerprint(self.model)}",
             "image_shape": list(self.image_shape),
             **self.subject,
             **dataclasses.asdict(self.chosen),
@@ -163,12 +165,26 @@ class _Run:
         }
 
 
-def _identity(settings: dict[str, Any]) -> str:
+def _identity(settings: dict[str, Any]) -> dict[str, str]:
     ignored = {"device", "threads", "torch", "python"}
-    return ", ".join(f"{name}={value}" for name, value in settings.items() if name not in ignored)
+    return {name: str(value) for name, value in settings.items() if name not in ignored}
 
 
-def _find(recipe: str, verb: str, budget: str, changes: dict[str, Any]) -> tuple[ModuleType, Any]:
+def _fingerprint(model: nn.Module) -> str:
+    """Of a network's weights: a checkpoint must not be resumed with another network of the same settings."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
+def find(recipe: str, verb: str, budget: str, changes: dict[str, Any]) -> tuple[ModuleType, Any]:
+    """The module of a recipe that can do ``verb`` ("quantize" or "distill"), and its settings with the changes.
+
+    Raises:
+        InputError: unknown recipe, budget or setting, a value out of range, or a recipe that does something else.
+    """
     if recipe not in names():
         raise InputError(f'recipe="{recipe}" is unknown; known are {", ".join(names())}')
     method = importlib.import_module(f"dfqlib.recipes.{recipe}")
@@ -180,7 +196,8 @@ def _find(recipe: str, verb: str, budget: str, changes: dict[str, Any]) -> tuple
     return method, override(method.BUDGETS[budget], changes, recipe)
 
 
-def _device(device: str | torch.device | None, model: nn.Module) -> torch.device:
+def usable_device(device: str | torch.device | None, model: nn.Module) -> torch.device:
+    """The device of that name if tensors can be made there, or the model's own for None; InputError otherwise."""
     if device is None:
         return next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
