@@ -131,12 +131,21 @@ def _fixed_ranges(student: nn.Module) -> nn.Module:
 
 
 def check_settings(settings: Any, **rules: tuple[float, float]) -> None:
-    """Raise InputError for the first field of a settings dataclass outside its (smallest, largest) value."""
-    for name, (low, high) in rules.items():
-        value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            bound = f"from {low} to {high}" if high < math.inf else f"at least {low}"
-            raise InputError(f"{name}={value!r} must be a number {bound}")
+    """Raise InputError for the first field of a settings dataclass outside its (smallest, largest) value.
+
+    A field declared ``int`` must be whole and one declared ``bool`` True or False, with or without a rule.
+    """
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        if item.type is bool and not isinstance(value, bool):
+            raise InputError(f"{item.name}={value!r} must be True or False")
+        if item.type is not int and item.name not in rules:
+            continue
+        low, high = rules.get(item.name, (-math.inf, math.inf))
+        kinds, kind = (int, "a whole number") if item.type is int else (int | float, "a number")
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            bound = f" from {low} to {high}" if high < math.inf else f" of at least {low}" if low > -math.inf else ""
+            raise InputError(f"{item.name}={value!r} must be {kind}{bound}")
 
 
 def override(settings: Any, changes: dict[str, Any], recipe: str) -> Any:
