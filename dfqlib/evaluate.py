@@ -15,7 +15,6 @@ from dfqlib.errors import InputError
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-@torch.inference_mode()
 def evaluate(model: nn.Module, loader: Batches) -> float:
     """Top-1 accuracy in percent.
 
@@ -28,13 +27,19 @@ def evaluate(model: nn.Module, loader: Batches) -> float:
 
     Taught in notebook 07.
     """
-    return 100.0 * float(correct(model, loader).float().mean())
+    return 100.0 * float(correct(model, loader).double().mean())
+
+
+def correct(model: nn.Module, loader: Batches) -> Tensor:
+    """Which images are classified correctly, in the loader's order: booleans of shape (N,). Errors as ``evaluate``."""
+    chosen, labels = predict_classes(model, loader)
+    return chosen == labels
 
 
 @torch.inference_mode()
-def correct(model: nn.Module, loader: Batches) -> Tensor:
-    """Which images are classified correctly, in the loader's order: booleans of shape (N,). Errors as ``evaluate``."""
-    hits = []
+def predict_classes(model: nn.Module, loader: Batches) -> tuple[Tensor, Tensor]:
+    """The classes that the model chooses and the labels, both (N,), in the loader's order. Errors as ``evaluate``."""
+    chosen, expected = [], []
     with _evaluating(model):
         for images, labels in loader:
             logits = _run(model, images)
@@ -43,10 +48,11 @@ def correct(model: nn.Module, loader: Batches) -> Tensor:
                     f"loader: label {int(labels.max())} is beyond the model's {logits.shape[1]} classes; "
                     "check the folder names (one folder per class), or pass classes= in the order of the logits"
                 )
-            hits.append(logits.argmax(1).cpu() == labels.cpu())
-    if not hits:
+            chosen.append(logits.argmax(1).cpu())
+            expected.append(labels.cpu())
+    if not sum(map(len, expected)):
         raise InputError("loader has no images; check the folder or the data set's name")
-    return torch.cat(hits)
+    return torch.cat(chosen), torch.cat(expected)
 
 
 @torch.inference_mode()
@@ -58,8 +64,10 @@ def predict(model: nn.Module, images: Tensor, batch: int = 256) -> Tensor:
 
 def agreement(model: nn.Module, teacher: nn.Module, images: Tensor) -> float:
     """Share of images on which both choose the same class, in percent."""
+    if not len(images):
+        raise InputError("images is empty; agreement needs at least one image")
     same = predict(model, images).argmax(1) == predict(teacher, images).argmax(1)
-    return 100.0 * float(same.float().mean())
+    return 100.0 * float(same.double().mean())
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class Comparison:
         teacher_top1: of the teacher, in percent.
         difference: model minus teacher, in points.
         standard_error: of the difference, paired: only images on which one is right and the other wrong count.
+        agreement: share of images on which both choose the same class, in percent.
         images: how many images there were.
     """
 
@@ -78,6 +87,7 @@ class Comparison:
     teacher_top1: float
     difference: float
     standard_error: float
+    agreement: float
     images: int
 
     def __str__(self) -> str:
@@ -90,15 +100,24 @@ class Comparison:
 def compare(model: nn.Module, teacher: nn.Module, loader: Batches) -> Comparison:
     """Paired comparison on the same images: far less noisy than two accuracies, whose images vary together.
 
+    Errors as ``evaluate``.
+
     Taught in notebook 07.
     """
-    own, reference = correct(model, loader).float(), correct(teacher, loader).float()
+    chosen, labels = predict_classes(model, loader)
+    return compare_classes(chosen, predict_classes(teacher, loader)[0], labels)
+
+
+def compare_classes(chosen: Tensor, teacher_chosen: Tensor, labels: Tensor) -> Comparison:
+    """``compare`` from the classes that both chose and the labels, each of shape (N,)."""
+    own, reference = (chosen == labels).double(), (teacher_chosen == labels).double()
     change = own - reference
     return Comparison(
         top1=100 * float(own.mean()),
         teacher_top1=100 * float(reference.mean()),
         difference=100 * float(change.mean()),
         standard_error=100 * float(change.std(correction=0)) / len(change) ** 0.5,
+        agreement=100 * float((chosen == teacher_chosen).double().mean()),
         images=len(change),
     )
 
@@ -156,12 +175,16 @@ def _run(model: nn.Module, images: Tensor) -> Tensor:
     place = next(model.parameters(), torch.empty(0)).device
     try:
         logits = model(images.to(place))
-    except (RuntimeError, ValueError) as error:
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"the model cannot take images of shape {tuple(images.shape[1:])} ({str(error).splitlines()[0]}); "
+            f"the model cannot take images of shape {tuple(images.shape[1:])} ({_first_line(error)}); "
             "check image_shape, or resize the images"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"the model returns {shape}, not logits of shape (batch, classes); wrap it so that it does")
     return logits
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
