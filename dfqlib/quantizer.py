@@ -242,7 +242,7 @@ def quantize_layers(model: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     output, the skip connection included, unless ``spec.skip`` is "float". The quantizers hand values through until
     ``calibrate`` has set their ranges. Layers inside a submodule that cannot be traced get a quantizer at their own
     input (signed, since the structure is unknown); whatever has weights and stays in floating point is listed in
-    ``network.meta["unquantized"]``.
+    ``network.meta["unquantized"]``, and ``network.meta["spec"]`` is the spec.
 
     Args:
         model: a classifier called with one tensor of shape (batch, channels, height, width); left as it is.
@@ -268,7 +268,7 @@ def quantize_layers(model: nn.Module, spec: QuantSpec) -> fx.GraphModule:
         layer = network.get_submodule(name)
         layer.input_quantizer = _activation_quantizer(bits, True, spec)
         layer.register_forward_pre_hook(_quantize_input)
-    network.meta["unquantized"] = _unquantized(network)
+    network.meta.update(spec=spec, unquantized=_unquantized(network))
     return network.eval()
 
 
