@@ -217,7 +217,7 @@ def quantize(network: nn.Module, bits: int, points: Tensor) -> nn.Module:
 
 
 def fine_tune(
-    student: nn.Module, teacher: nn.Module, sample: Sampler, gamma: float = 1.0, steps: int = 300
+    student: nn.Module, teacher: nn.Module, sample: Sampler, gamma: float = 1.0, steps: int = 200
 ) -> nn.Module:
     """Fit the student to labels (GDFQ Eq. 7) and the teacher's soft outputs (GDFQ Eq. 8) on sampled points.
 
@@ -242,7 +242,7 @@ def fine_tune(
         output = student(points)
         return F.cross_entropy(output, labels) + gamma * distillation_loss(output, soft, temperature=20.0)
 
-    minimize(loss, [p for p in student.parameters() if p.requires_grad], steps, lr=0.003)
+    minimize(loss, [p for p in student.parameters() if p.requires_grad], steps, lr=0.01)
     return student.eval()
 
 
