@@ -20,16 +20,16 @@ RECIPES_WITHOUT_BATCHNORM = ("dafl", "dfad", "equalize")
 class _BatchStatistics(torch.autograd.Function):
     """Mean and biased variance of each channel, with a hand-written gradient.
 
-    The statistics of a dozen feature maps are half the cost of synthesizing images on a CPU: autograd
-    through ``torch.var_mean`` takes 3 to 10 times as long as these two passes and the one fused pass
-    back.
+    The statistics of a dozen feature maps are half the cost of synthesizing images on a CPU. The forward
+    pass is the one of BatchNorm in training mode, a single fused reduction with float32 sums; the gradient
+    is one multiply-add, where autograd through ``torch.var_mean`` takes 3 to 10 times as long.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        dims = [0, *range(2, x.dim())]
-        mean = x.mean(dims)
-        var = (x - _as_channels(mean, x)).square_().mean(dims)  # two passes: E[x^2] - E[x]^2 cancels badly
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        unused = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)  # asks for results in this precision
+        mean, var = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
         ctx.save_for_backward(x, mean)
         return mean, var
 
@@ -41,7 +41,7 @@ class _BatchStatistics(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         slope = 2.0 / count * grad_var
         offset = grad_mean / count - slope * mean
-        return torch.addcmul(_as_channels(offset, x), x, _as_channels(slope, x))
+        return torch.addcmul(_as_channels(offset, x), x, _as_channels(slope, x)).to(x.dtype)
 
 
 def _as_channels(per_channel: Tensor, like: Tensor) -> Tensor:
