@@ -13,12 +13,13 @@ from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.evaluate import agreement, compare, evaluate
 from dfqlib.models import load_model
 from dfqlib.recipes import Report, distill, quantize
+from dfqlib.saving import load_quantized, save_quantized
 from dfqlib.spec import QuantSpec
 
 __version__ = "0.1.0"
 
 __all__ = [
     "InputError", "NonFiniteError", "QuantSpec", "Report", "agreement", "batchnorm", "clipping", "compare", "data",
-    "distill", "evaluate", "generators", "image_folder", "load_checkpoint", "load_data", "load_model", "losses",
-    "models", "quantize", "quantizer", "synthesis", "training",
+    "distill", "evaluate", "generators", "image_folder", "load_checkpoint", "load_data", "load_model",
+    "load_quantized", "losses", "models", "quantize", "quantizer", "save_quantized", "synthesis", "training",
 ]  # fmt: skip

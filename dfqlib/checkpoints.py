@@ -48,10 +48,7 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str], *, sha256: str 
     weights = read_state_dict(path, sha256=sha256)
     own = model.state_dict()
     weights = _strip_prefixes(weights, own)
-    _require_fit(weights, own, f'checkpoint="{path}"', type(model).__name__)
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor.float()).all():
-            raise NonFiniteError(f'checkpoint="{path}": {name} has NaN or infinite values; use an earlier checkpoint')
+    require_fit(weights, own, f'checkpoint="{path}"', type(model).__name__)
     model.load_state_dict(weights)
     return model.eval()
 
@@ -70,8 +67,29 @@ def read_state_dict(path: str | PathLike[str], *, sha256: str | None = None) -> 
         InputError: the file is missing, empty, a folder, truncated, refused, of another hash, or without a
             state dict.
     """
-    path = Path(path)
     what = f'checkpoint="{path}"'
+    return _find_state_dict(read_file(path, what, sha256=sha256), what)
+
+
+def read_file(
+    path: str | PathLike[str],
+    what: str,
+    *,
+    sha256: str | None = None,
+    remedy: str = "torch.save(model.state_dict(), path)",
+) -> Any:
+    """Whatever tensors and plain containers a file holds, on the CPU; no code in it is run.
+
+    Args:
+        path: a ``torch.save`` or safetensors file.
+        what: how messages call it, such as ``checkpoint="a.pt"``.
+        sha256: expected SHA-256 in hex, or its first 8 or more digits.
+        remedy: what messages say to save the file with.
+
+    Raises:
+        InputError: the file is missing, empty, a folder, truncated, refused, or of another hash.
+    """
+    path = Path(path)
     if path.is_dir():
         raise InputError(f"{what} is a folder; give the file inside it")
     if not path.is_file():
@@ -80,10 +98,9 @@ def read_state_dict(path: str | PathLike[str], *, sha256: str | None = None) -> 
         with path.open("rb") as file:
             if sha256 is not None:
                 _require_hash(file, sha256, what)
-            content = _read(file, what)
+            return _read(file, what, remedy)
     except OSError as error:
         raise InputError(f"{what} cannot be read ({error.strerror}); check its permissions") from None
-    return _find_state_dict(content, what)
 
 
 def normalize_sha256(sha256: str) -> str:
@@ -102,7 +119,7 @@ def _require_hash(file: io.BufferedReader, sha256: str, what: str) -> None:
     file.seek(0)
 
 
-def _read(file: io.BufferedReader, what: str) -> Any:
+def _read(file: io.BufferedReader, what: str, remedy: str) -> Any:
     start = file.read(9)
     file.seek(0)
     if not start:
@@ -118,8 +135,7 @@ def _read(file: io.BufferedReader, what: str) -> Any:
         foreign = re.search(r"GLOBAL (\w+(\.\w+)*)(?![\w.])", str(error))
         found = f"it holds {foreign[1]}, not only tensors" if foreign else "it is truncated or no checkpoint"
         raise InputError(
-            f"{what} is refused, nothing in it was run: {found}; fetch it again, or save it again with "
-            "torch.save(model.state_dict(), path)"
+            f"{what} is refused, nothing in it was run: {found}; fetch it again, or save it again with {remedy}"
         ) from None
 
 
@@ -146,7 +162,19 @@ def _strip_prefixes(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> di
     return weights
 
 
-def _require_fit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str, architecture: str) -> None:
+def require_fit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str, architecture: str) -> None:
+    """Check weights read from a file against a network's own before any is put in.
+
+    Args:
+        weights: read from the file, by name.
+        own: the network's ``state_dict()``.
+        what: how messages call the file.
+        architecture: how messages call the network.
+
+    Raises:
+        InputError: names are missing or unexpected, or shapes differ; names the first.
+        NonFiniteError: a weight is NaN or infinite; names it.
+    """
     # Checkpoints older than PyTorch 0.4.1 lack BatchNorm's counter, which evaluation never reads.
     missing = [k for k in own if k not in weights and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in weights if k not in own]
@@ -164,6 +192,9 @@ def _require_fit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], what:
         raise InputError(
             f"{what} does not fit {architecture}: {'; '.join(problems)}; name the architecture it was trained with"
         )
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor.float()).all():
+            raise NonFiniteError(f"{what}: {name} has NaN or infinite values; use an earlier checkpoint")
 
 
 def _describe(tensor: Tensor) -> str:

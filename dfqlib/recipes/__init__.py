@@ -160,7 +160,7 @@ class _Run:
             **dataclasses.asdict(self.chosen),
             "device": str(device),
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a plain string, which a file can hold without code
             "python": platform.python_version(),
         }
 
