@@ -197,5 +197,59 @@ def image_grid(axes: Any, images: Tensor, mean: Sequence[float], std: Sequence[f
     for index, image in enumerate(colours.clamp(0, 1)):
         top, left = index // columns * (height + 1), index % columns * (width + 1)
         canvas[:, top : top + height, left : left + width] = image
-    axes.imshow(canvas.permute(1, 2, 0).expand(-1, -1, 3), interpolation="nearest")
+    axes.imshow(canvas.permute(1, 2, 0).expand(-1, -1, 3).numpy(), interpolation="nearest")
+    axes.set_axis_off()
+
+
+def layer_dots(axes: Any, series: Mapping[str, Mapping[str, float]], **labels: Any) -> None:
+    """One row per layer with a marker per series and a line from the first to the last, told apart by shape.
+
+    Args:
+        axes: matplotlib axes.
+        series: name → layer → value, the same layers in each.
+        **labels: ``title``, ``xlabel``, … of the axes.
+
+    Taught in notebook 07.
+    """
+    layers = list(next(iter(series.values())))
+    rows = range(len(layers))
+    ends = [list(values.values()) for values in series.values()]
+    axes.hlines(rows, ends[0], ends[-1], color="#BBBBBB", linewidth=1.5)
+    for (name, values), colour, marker in zip(series.items(), PALETTE[1:], MARKERS, strict=False):
+        axes.plot([values[layer] for layer in layers], rows, marker, color=colour, markersize=6, label=name)
+    axes.set_yticks(rows, layers)
+    axes.invert_yaxis()
+    axes.set(**labels)
+    if len(series) > 1:
+        axes.legend()
+
+
+def dataflow(axes: Any, edges: Sequence[tuple[str, str]], labels: Mapping[str, str], marked: set[str]) -> None:
+    """Draw operations in a row as boxes, and who reads whose output: neighbours by arrows, skips by arcs.
+
+    Args:
+        axes: matplotlib axes.
+        edges: (operation, reader), by key.
+        labels: key → what the box says, in the order of execution.
+        marked: keys of the boxes to emphasize.
+
+    Taught in notebook 07.
+    """
+    from matplotlib.patches import Rectangle
+
+    place = {key: index for index, key in enumerate(labels)}
+    for key, text in labels.items():
+        fill, ink = (PALETTE[2], "white") if key in marked else ("#EDEDED", "#222222")
+        axes.add_patch(
+            Rectangle((place[key] - 0.26, -0.5), 0.52, 1, facecolor=fill, edgecolor="#555555", linewidth=0.7)
+        )
+        axes.text(place[key], 0, text, rotation=90, ha="center", va="center", fontsize=8.5, color=ink)
+    for start, end in edges:
+        distance = place[end] - place[start]
+        style = {"arrowstyle": "-|>", "color": "#222222", "shrinkA": 0, "shrinkB": 0}
+        edge, height = (0.26, 0.0) if distance == 1 else (0.0, 0.5)
+        if distance > 1:
+            style["connectionstyle"] = f"bar,fraction={-0.12 / distance**0.5:.3f}"
+        axes.annotate("", (place[end] - edge, height), (place[start] + edge, height), arrowprops=style)
+    axes.set(xlim=(-0.5, len(labels) - 0.5), ylim=(-0.6, 1.0))
     axes.set_axis_off()
