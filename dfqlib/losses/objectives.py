@@ -50,7 +50,12 @@ def dfqf_generator_loss(
 
 
 def gdfq_generator_loss(
-    teacher: Tensor, labels: Tensor, probe: BatchNormProbe, bn_weight: float = 0.1, variant: str = "paper"
+    teacher: Tensor,
+    labels: Tensor,
+    probe: BatchNormProbe,
+    bn_weight: float = 0.1,
+    variant: str = "paper",
+    label_weight: float = 1.0,
 ) -> Tensor:
     """Generator's objective of GDFQ (Eq. 9): the label shows and the statistics agree.
 
@@ -60,13 +65,14 @@ def gdfq_generator_loss(
         probe: a probe of the teacher that has seen the images.
         bn_weight: weight of ``bn_l2_loss``.
         variant: form of ``bn_l2_loss``, "paper" or "released".
+        label_weight: weight of ``label_loss``; 1 in the paper, 0 for the ablation without it.
 
     Returns:
         Scalar tensor.
 
     Taught in notebook 08.
     """
-    return label_loss(teacher, labels) + bn_weight * bn_l2_loss(probe, variant)
+    return label_weight * label_loss(teacher, labels) + bn_weight * bn_l2_loss(probe, variant)
 
 
 def gdfq_student_loss(
@@ -76,6 +82,7 @@ def gdfq_student_loss(
     kd_weight: float = 1.0,
     temperature: float = 20.0,
     variant: str = "paper",
+    label_weight: float = 1.0,
 ) -> Tensor:
     """Quantized network's objective of GDFQ (Eq. 10): the labels and the teacher's outputs.
 
@@ -86,13 +93,15 @@ def gdfq_student_loss(
         kd_weight: weight of ``distillation_loss``.
         temperature: of ``distillation_loss``.
         variant: form of ``distillation_loss``, "paper" or "released".
+        label_weight: weight of ``label_loss``; 1 in the paper, 0 for the ablation without it.
 
     Returns:
         Scalar tensor.
 
     Taught in notebook 08.
     """
-    return label_loss(student, labels) + kd_weight * distillation_loss(student, teacher, temperature, variant=variant)
+    distillation = distillation_loss(student, teacher, temperature, variant=variant)
+    return label_weight * label_loss(student, labels) + kd_weight * distillation
 
 
 def akd_prior_loss(teacher: Tensor, probe: BatchNormProbe) -> Tensor:

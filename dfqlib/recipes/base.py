@@ -4,10 +4,11 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dfqlib import graph, quantizer
 from dfqlib.errors import InputError, NonFiniteError
@@ -114,29 +115,46 @@ def check_image_shape(image_shape: Any) -> None:
         raise InputError(f"image_shape={image_shape!r} must be (channels, height, width), for example (3, 32, 32)")
 
 
+def quantized_student(task: Task, spec: QuantSpec) -> nn.Module:
+    """The quantized network, trainable, in eval mode, its ranges still to be set; they are trained if learned."""
+    student = channels_last(quantizer.quantize_layers(task.teacher, spec)).requires_grad_(True)
+    for _, ranges in quantizer.quantizers(student):
+        ranges.requires_grad_(spec.step == "learned")
+    return student
+
+
 def calibrated_student(
     task: Task, spec: QuantSpec, images: Tensor, *, method: str = "mse", lower_bound: float = 0.0
 ) -> nn.Module:
-    """The quantized network with its ranges set from ``images``, in eval mode."""
-    student = channels_last(quantizer.quantize_layers(task.teacher, spec))
+    """The quantized network, trainable, in eval mode, with its ranges set from ``images``."""
+    student = quantized_student(task, spec)
     quantizer.calibrate(student, images, method, lower_bound)
-    return student.requires_grad_(True) if spec.step == "learned" else _fixed_ranges(student)
-
-
-def _fixed_ranges(student: nn.Module) -> nn.Module:
-    student.requires_grad_(True)
-    for _, ranges in quantizer.quantizers(student):
-        ranges.requires_grad_(False)
     return student
+
+
+def make_optimizer(name: str, groups: Any, lr: float, **sgd: Any) -> Optimizer:
+    """Stochastic gradient descent as the papers set it, or Adam for the short schedules."""
+    return torch.optim.Adam(groups, lr) if name == "adam" else torch.optim.SGD(groups, lr, **sgd)
+
+
+def descend(optimizer: Optimizer, loss: Tensor) -> None:
+    """One step down ``loss`` of what ``optimizer`` trains; gradients of anything else are not even computed."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
+    optimizer.step()
 
 
 def check_settings(settings: Any, **rules: tuple[float, float]) -> None:
     """Raise InputError for the first field of a settings dataclass outside its (smallest, largest) value.
 
-    A field declared ``int`` must be whole and one declared ``bool`` True or False, with or without a rule.
+    A field declared ``int`` must be whole, one declared ``bool`` True or False and one declared ``Literal`` one of its
+    words, with or without a rule.
     """
     for item in dataclasses.fields(settings):
         value = getattr(settings, item.name)
+        if get_origin(item.type) is Literal and value not in get_args(item.type):
+            words = " or ".join(f'"{word}"' for word in get_args(item.type))
+            raise InputError(f"{item.name}={value!r} must be {words}")
         if item.type is bool and not isinstance(value, bool):
             raise InputError(f"{item.name}={value!r} must be True or False")
         if item.type is not int and item.name not in rules:

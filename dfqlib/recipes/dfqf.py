@@ -1,0 +1,224 @@
+"""DFQF (Li et al., ACML 2020): a generator trained against teacher and student, then quantization-aware fine-tuning.
+
+The generator G minimizes ``L_is(40) + 0.1 L_bn + 5 L_adv`` (Eq. 9): images the teacher T is sure of, balanced over the
+classes (Eq. 5), with the statistics that T has stored (Eq. 7), and on which the student S disagrees with T (Eq. 8).
+S minimizes ``KL(T(x) || S(x))`` on the same images (Eq. 2).
+
+*Algorithm 1* (``distill``): G and S, a smaller network, in turn, from scratch.
+
+*Algorithm 2* (``quantize``):
+
+1. *Warm-up.* Algorithm 1 with a tool student: the teacher's architecture with new random weights, thrown away after it.
+2. *Calibration.* Each clip threshold A minimizes the squared error on generated images, but is at least 0.3 max|x|, so
+   that fine-tuning starts with room; the step is A / Q_max (Eq. 10).
+3. *Fine-tuning.* S is T quantized; weights and steps (Eq. 11) follow Eq. 2, the steps at a tenth of the learning rate
+   without momentum and decay. G is fixed ("FG" in the tables) or goes on as the adversary of the quantized S.
+
+Where the released code differs: it never implemented the second; the lower bound is 0.5, G's learning rate 0.005, an
+epoch 120 batches, fine-tuning batches 128 images; the student is left in training mode, so that its BatchNorm
+statistics drift to the generated images (``student_bn="train"``); the best epoch on the test set is reported, here the
+last.
+
+Taught in notebook 04, its distillation in notebook 05, its quantization in notebook 07.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+
+from dfqlib import losses, quantizer, synthesis
+from dfqlib.batchnorm import BatchNormProbe
+from dfqlib.errors import InputError
+from dfqlib.generators import UnconditionalGenerator
+from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings, descend, make_optimizer
+from dfqlib.spec import QuantSpec
+from dfqlib.training import Stateful, channels_last, mixed_precision
+
+NEEDS_BATCHNORM = True
+
+IMAGES = 256
+"""How many images the ranges are set from, and how many the report shows."""
+MOMENTUM = 0.9
+DECAY = 5e-4
+MILESTONES = (0.4, 0.8)
+"""Where the learning rate of a student trained from scratch is divided by ten, as shares of its epochs."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of DFQF; the defaults are the paper's.
+
+    Attributes:
+        alpha: weight of the balance within the inception score.
+        bn_weight: of the BatchNorm statistics in G's loss.
+        adversarial_weight: of the disagreement in G's loss.
+        latent: length of the noise vector.
+        warm_up_epochs: of G with the tool student, ``iterations`` batches of ``batch`` images each.
+        epochs: of fine-tuning.
+        distill_epochs: of ``distill``.
+        lr_g: learning rate of G, Adam.
+        lr_s: learning rate of a student trained from scratch, SGD with momentum 0.9 and decay 5e-4, divided by ten
+            after 0.4 and 0.8 of its epochs.
+        lr: learning rate of fine-tuning.
+        step_lr: learning rate of the steps as a share of ``lr``.
+        optimizer: of fine-tuning, "sgd" (momentum 0.9, decay 5e-4) or "adam".
+        schedule: "step", the paper's, or "cosine", with which all rates fall to zero.
+        lower_bound: smallest clip threshold as a share of max|x|.
+        clip: how thresholds are found above it, one of ``clipping.METHODS``.
+        generator: in fine-tuning, "fixed" (FG) or "adversarial".
+        student_bn: BatchNorm of the quantized student in fine-tuning: "eval" keeps the teacher's statistics, "train"
+            uses each batch's and lets the stored ones drift. A student from scratch is always in training mode.
+        bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
+    """
+
+    alpha: float = 40.0
+    bn_weight: float = 0.1
+    adversarial_weight: float = 5.0
+    latent: int = 1000
+    warm_up_epochs: int = 200
+    epochs: int = 40
+    distill_epochs: int = 2000
+    iterations: int = 100
+    batch: int = 512
+    lr_g: float = 0.01
+    lr_s: float = 0.1
+    lr: float = 0.001
+    step_lr: float = 0.1
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    schedule: Literal["step", "cosine"] = "step"
+    lower_bound: float = 0.3
+    clip: Literal["max", "mse", "aciq", "kl"] = "mse"
+    generator: Literal["fixed", "adversarial"] = "fixed"
+    student_bn: Literal["eval", "train"] = "eval"
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(
+            self, alpha=(0, math.inf), bn_weight=(0, math.inf), adversarial_weight=(0, math.inf), latent=(1, math.inf),
+            warm_up_epochs=(0, math.inf), epochs=(0, math.inf), distill_epochs=(0, math.inf), batch=(2, math.inf),
+            iterations=(1, math.inf), lr_g=(0, math.inf), lr_s=(0, math.inf), lr=(0, math.inf), step_lr=(0, 1),
+            lower_bound=(0, 1),
+        )  # fmt: skip
+        if self.generator == "adversarial" and self.adversarial_weight == 0:
+            raise InputError('generator="adversarial" needs adversarial_weight above 0; or take generator="fixed"')
+
+
+BUDGETS = {
+    "quick": Settings(
+        warm_up_epochs=6, epochs=10, distill_epochs=16, iterations=25, batch=64, lr_g=0.005, lr=2e-4, optimizer="adam",
+        schedule="cosine", bf16=True,
+    ),
+    "published": Settings(),
+}  # fmt: skip
+
+
+def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
+    """Algorithm 2: warm-up with a tool student, calibration, fine-tuning."""
+    players = Players(task, settings)
+    players.train_both("warm-up", reinitialized(task.teacher), settings.warm_up_epochs)
+    images = players.images(IMAGES)
+    calibrated = calibrated_student(task, spec, images, method=settings.clip, lower_bound=settings.lower_bound)
+    student = copy.deepcopy(calibrated)
+    players.fine_tune(student)
+    return Outcome(student, players.images(IMAGES), calibrated)
+
+
+def distill(task: Task, student: nn.Module, settings: Settings) -> Outcome:
+    """Algorithm 1: generator and student in turn."""
+    players = Players(task, settings)
+    players.train_both("distillation", student, settings.distill_epochs)
+    return Outcome(student, players.images(IMAGES))
+
+
+class Players:
+    """Generator G against teacher T, and the student S of the phase: every phase plays the same two moves.
+
+    Attributes:
+        generator: G.
+        adam: what trains it, through all phases.
+    """
+
+    def __init__(self, task: Task, settings: Settings) -> None:
+        torch.manual_seed(task.session.seed)
+        self.task, self.settings = task, settings
+        self.generator = UnconditionalGenerator(task.image_shape, settings.latent).to(task.device)
+        channels_last(self.generator)
+        self.adam = torch.optim.Adam(self.generator.parameters(), settings.lr_g)
+
+    def train_both(self, phase: str, student: nn.Module, epochs: int) -> None:
+        """Algorithm 1: G and a student from scratch in turn, both in place."""
+        sgd = torch.optim.SGD(student.parameters(), self.settings.lr_s, momentum=MOMENTUM, weight_decay=DECAY)
+        self._play(phase, epochs, student.train(), sgd, adversarial=True)
+
+    def fine_tune(self, student: nn.Module) -> None:
+        """Algorithm 2, last step: the calibrated student, in place, with G fixed or as its adversary."""
+        settings = self.settings
+        groups = quantizer.parameter_groups(student, settings.lr, settings.lr * settings.step_lr)
+        optimizer = make_optimizer(settings.optimizer, groups, settings.lr, momentum=MOMENTUM, weight_decay=DECAY)
+        student.train(settings.student_bn == "train")
+        self._play("fine-tuning", settings.epochs, student, optimizer, settings.generator == "adversarial")
+
+    def _play(self, phase: str, epochs: int, student: nn.Module, optimizer: Optimizer, adversarial: bool) -> None:
+        settings, device = self.settings, self.task.device
+        steps = epochs * settings.iterations
+        decay = self._decay(optimizer, steps, from_scratch=phase != "fine-tuning")
+        self.generator.train(adversarial)
+
+        def step(_: int) -> dict[str, Tensor]:
+            with torch.set_grad_enabled(adversarial), mixed_precision(device, settings.bf16):
+                images = self.generator.sample(settings.batch).float()
+                target = self.task.teacher(images).float()
+            moves = {}
+            if adversarial:
+                with mixed_precision(device, settings.bf16):
+                    answer = student(images).float()
+                moves["generator"] = losses.dfqf_generator_loss(
+                    target, answer, probe, settings.alpha, settings.bn_weight, settings.adversarial_weight
+                )
+                descend(self.adam, moves["generator"])
+            with mixed_precision(device, settings.bf16):
+                answer = student(images.detach()).float()
+            loss = losses.distillation_loss(answer, target.detach())
+            descend(optimizer, loss)
+            decay.step()
+            return {"loss": loss, **moves}
+
+        state: dict[str, Stateful] = {
+            "generator": self.generator, "adam": self.adam, "student": student, "optimizer": optimizer, "decay": decay
+        }  # fmt: skip
+        with BatchNormProbe(self.task.teacher) as probe:
+            self.task.session.loop(phase, steps, step, state, partial(quantizer.check_steps, student))
+
+    def _decay(self, optimizer: Optimizer, steps: int, from_scratch: bool) -> LRScheduler:
+        if self.settings.schedule == "cosine":
+            return CosineAnnealingLR(optimizer, max(steps, 1))
+        return MultiStepLR(optimizer, [round(share * steps) for share in MILESTONES] if from_scratch else [])
+
+    def images(self, count: int) -> Tensor:
+        """Images from G in eval mode."""
+        return synthesis.from_generator(self.generator, count)[0]
+
+
+def reinitialized(model: nn.Module) -> nn.Module:
+    """The tool student: the same architecture with new random weights and BatchNorm statistics, trainable.
+
+    Modules are asked to ``reset_parameters()``, as torch's own can; the values of any other parameter are shuffled,
+    which keeps their scale and forgets what they mean.
+    """
+    tool = copy.deepcopy(model).requires_grad_(True)
+    for module in tool.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+            continue
+        for parameter in module.parameters(recurse=False):
+            values = parameter.data.flatten()
+            parameter.data = values[torch.randperm(len(values)).to(values.device)].view_as(parameter)
+    return tool

@@ -1,0 +1,279 @@
+"""GDFQ (Xu et al., ECCV 2020): a generator that knows the classes, trained in turn with the quantized network.
+
+Algorithm 1, for the full-precision network M, its quantized copy Q and a generator G of images ``G(z | y)``:
+
+1. *Warm-up.* Update G alone, on ``CE(M(G(z|y)), y) + 0.1 BNS`` (Eq. 9): the label shows (Eq. 4), and M's BatchNorm
+   layers see the statistics they have stored (Eq. 5). Q looks on: its activation ranges are the moving average of what
+   passes through it, and then fixed.
+2. *Fine-tuning.* At each iteration draw z and y, update G by Eq. 9, and Q by ``CE(Q(x), y) + KD(Q(x), M(x))`` (Eq. 10).
+   The BatchNorm statistics of Q stay as they are.
+
+Where the released code differs: BNS is averaged over channels and layers and KD over classes as well
+(``variant="released"``); the moving average of the ranges corrects its bias recursively, which widens them thousands of
+times around the twentieth batch (not offered here); the best epoch on the test set is reported, here the last.
+
+The paper's quantizer, all layers at n bits, affine and per channel with ranges that are not learned, is
+``paper_spec("w4a4")``. Any other ``QuantSpec`` works too: symmetric steps come from the warm generator's images by the
+MSE criterion, and learned ranges train at a tenth of the learning rate.
+
+Taught in notebook 05.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
+
+from dfqlib import losses, quantizer, synthesis
+from dfqlib.batchnorm import BatchNormProbe
+from dfqlib.errors import InputError
+from dfqlib.generators import CategoricalBatchNormGenerator, ConditionalGenerator
+from dfqlib.recipes.base import Outcome, Task, check_settings, descend, make_optimizer, quantized_student
+from dfqlib.spec import QuantSpec
+from dfqlib.training import Stateful, channels_last, mixed_precision
+
+NEEDS_BATCHNORM = True
+
+IMAGES = 256
+"""How many images symmetric ranges are set from, and how many the report shows."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of GDFQ; the defaults are the paper's for CIFAR.
+
+    ``budget="quick"`` deviates so that minutes suffice: 10 epochs (and 5 of warm-up) of 25 iterations of 64 images,
+    Adam instead of SGD for Q at twice the learning rate, both rates falling to zero along a cosine, bfloat16.
+
+    Attributes:
+        epochs: of fine-tuning, ``iterations`` batches of ``batch`` images each.
+        warm_up_epochs: of the generator alone; 50 for ImageNet.
+        range_epochs: epochs from the start of the warm-up in which affine activation ranges follow the images.
+        training: "alternating" updates G and Q in turn; "two-step" trains G to its end first and then Q (the ablation).
+        generator: "embedding" multiplies the noise by the label's embedding (CIFAR); "categorical" gives each class its
+            own scale and shift in every BatchNorm (ImageNet, many classes).
+        latent: length of the noise vector.
+        label_weight: of the cross-entropy in G's loss; 0 switches it off.
+        bn_weight: of BNS in G's loss (beta of Eq. 9); 0 switches it off.
+        student_label_weight: of the cross-entropy in Q's loss; 0 switches it off.
+        kd_weight: of KD in Q's loss (gamma of Eq. 10); 0 switches it off.
+        temperature: of KD.
+        variant: "paper", or "released" for the losses' averages of the released code.
+        fixed_bn: keep Q's BatchNorm statistics; False lets them drift to the generated images, as training mode does.
+        stop_at: stop training G once M sees the wanted label in this share of the images, over about ten batches; None
+            never stops (the paper's best row).
+        lr_g: learning rate of G, Adam with beta (0.5, 0.999).
+        lr_q: learning rate of Q.
+        optimizer: "sgd" (Nesterov, momentum 0.9, decay 1e-4) or "adam", for Q.
+        schedule: "step" divides both rates by ten every ``decay_epochs``; "cosine" lets them fall to zero.
+        decay_epochs: see ``schedule``.
+        bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
+    """
+
+    epochs: int = 400
+    warm_up_epochs: int = 4
+    range_epochs: int = 4
+    iterations: int = 200
+    batch: int = 200
+    training: Literal["alternating", "two-step"] = "alternating"
+    generator: Literal["embedding", "categorical"] = "embedding"
+    latent: int = 100
+    label_weight: float = 1.0
+    bn_weight: float = 0.1
+    student_label_weight: float = 1.0
+    kd_weight: float = 1.0
+    temperature: float = 20.0
+    variant: Literal["paper", "released"] = "paper"
+    fixed_bn: bool = True
+    stop_at: float | None = None
+    lr_g: float = 1e-3
+    lr_q: float = 1e-4
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    schedule: Literal["step", "cosine"] = "step"
+    decay_epochs: int = 100
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(
+            self, epochs=(0, math.inf), warm_up_epochs=(0, math.inf), range_epochs=(1, math.inf), latent=(1, math.inf),
+            iterations=(1, math.inf), batch=(2, math.inf), label_weight=(0, math.inf), bn_weight=(0, math.inf),
+            student_label_weight=(0, math.inf), kd_weight=(0, math.inf), temperature=(1e-3, math.inf),
+            lr_g=(0, math.inf), lr_q=(0, math.inf), decay_epochs=(1, math.inf),
+        )  # fmt: skip
+        if self.label_weight == self.bn_weight == 0:
+            raise InputError("label_weight=0 and bn_weight=0 leave the generator nothing to learn; set one above 0")
+        if self.student_label_weight == self.kd_weight == 0:
+            raise InputError("student_label_weight=0 and kd_weight=0 leave Q nothing to learn; set one above 0")
+        if self.label_weight == 0 < self.student_label_weight:
+            raise InputError(
+                f"student_label_weight={self.student_label_weight} teaches Q labels that label_weight=0 keeps out of "
+                "the images; set both to 0, or neither"
+            )
+        if self.stop_at is not None and not (self.label_weight > 0 and 0 < self.stop_at <= 1):
+            raise InputError(f"stop_at={self.stop_at!r} must be a share from 0 to 1, and needs label_weight above 0")
+
+    @property
+    def warm_up_steps(self) -> int:
+        """Iterations of G alone."""
+        return (self.warm_up_epochs + (self.epochs if self.training == "two-step" else 0)) * self.iterations
+
+
+BUDGETS = {
+    "quick": Settings(
+        epochs=10, warm_up_epochs=5, iterations=25, batch=64, lr_q=2e-4, optimizer="adam", schedule="cosine", bf16=True
+    ),
+    "published": Settings(),
+}
+
+
+def paper_spec(bits: str) -> QuantSpec:
+    """The paper's quantizer for widths such as "w4a4": affine, per channel, fixed ranges, every layer at n bits."""
+    spec = QuantSpec.parse(bits, scheme="affine", granularity="channel", step="fixed")
+    return QuantSpec.parse(spec, edge_bits=spec.weight_bits)
+
+
+def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
+    """Algorithm 1: warm-up of G, ranges of Q, then both in turn."""
+    torch.manual_seed(task.session.seed)
+    forge = Forge(task, settings)
+    student = quantized_student(task, spec)
+    with BatchNormProbe(task.teacher) as probe:
+        warm_up(task, forge, student, probe, spec, settings)
+        if spec.scheme == "symmetric":
+            quantizer.calibrate(student, forge.images(IMAGES))
+        calibrated = copy.deepcopy(student)
+        fine_tune(task, forge, student, probe, settings)
+    for network in (calibrated, student):
+        quantizer.set_mode(network, "quantize")
+    return Outcome(student, forge.images(IMAGES), calibrated)
+
+
+def warm_up(
+    task: Task, forge: "Forge", student: nn.Module, probe: BatchNormProbe, spec: QuantSpec, settings: Settings
+) -> None:
+    """Train G alone; affine ranges of Q follow its images for the first epochs."""
+    averaging = settings.range_epochs * settings.iterations if spec.scheme == "affine" else 0
+
+    def step(index: int) -> dict[str, Tensor]:
+        batch = forge.draw(probe)
+        if index < averaging:
+            quantizer.set_mode(student, "calibrate")
+            with torch.no_grad(), mixed_precision(task.device, settings.bf16):
+                student(batch.images)
+        return batch.losses
+
+    task.session.loop("warm-up", settings.warm_up_steps, step, {**forge.state, "student": student})
+    still_averaging = averaging > settings.warm_up_steps
+    quantizer.set_mode(student, "calibrate" if still_averaging else "quantize")
+
+
+def fine_tune(task: Task, forge: "Forge", student: nn.Module, probe: BatchNormProbe, settings: Settings) -> None:
+    """Train G and Q in turn, or Q alone where G has been trained to its end; Q in place."""
+    steps = settings.epochs * settings.iterations
+    fixed_from = settings.range_epochs * settings.iterations - settings.warm_up_steps
+    groups = quantizer.parameter_groups(student, settings.lr_q, settings.lr_q / 10)
+    sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+    optimizer = make_optimizer(settings.optimizer, groups, settings.lr_q, **sgd)
+    decay = _decay(optimizer, settings, steps)
+    student.train(not settings.fixed_bn)
+
+    def step(index: int) -> dict[str, Tensor]:
+        if index >= fixed_from:
+            quantizer.set_mode(student, "quantize")
+        batch = forge.draw(probe, learn=settings.training == "alternating")
+        with mixed_precision(task.device, settings.bf16):
+            logits = student(batch.images)
+        loss = losses.gdfq_student_loss(
+            logits.float(), batch.teacher, batch.labels, settings.kd_weight, settings.temperature, settings.variant,
+            settings.student_label_weight,
+        )  # fmt: skip
+        descend(optimizer, loss)
+        decay.step()
+        return {"loss": loss, **batch.losses}
+
+    state = {**forge.state, "student": student, "optimizer": optimizer, "schedule": decay}
+    task.session.loop("fine-tuning", steps, step, state, partial(quantizer.check_steps, student))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images made for ``labels``, the full-precision network's logits of them, and what G lost on them."""
+
+    images: Tensor
+    labels: Tensor
+    teacher: Tensor
+    losses: dict[str, Tensor]
+
+
+class Forge:
+    """G and all that trains it: each draw is a batch of images and, if wanted, an update of G by Eq. 9.
+
+    Attributes:
+        state: what a checkpoint must hold.
+    """
+
+    def __init__(self, task: Task, settings: Settings) -> None:
+        self.task, self.settings = task, settings
+        kind = ConditionalGenerator if settings.generator == "embedding" else CategoricalBatchNormGenerator
+        self.generator = kind(task.image_shape, task.classes, settings.latent).to(task.device)
+        channels_last(self.generator)
+        self.adam = torch.optim.Adam(self.generator.parameters(), settings.lr_g, betas=(0.5, 0.999))
+        self.decay = _decay(self.adam, settings, settings.warm_up_steps + settings.epochs * settings.iterations)
+        self.accuracy = RunningAccuracy()
+        self.state: dict[str, Stateful] = {
+            "generator": self.generator, "adam": self.adam, "decay": self.decay, "accuracy": self.accuracy
+        }  # fmt: skip
+
+    def draw(self, probe: BatchNormProbe, learn: bool = True) -> Batch:
+        """Random labels, images for them, and an update of G unless it is fixed or good enough."""
+        settings = self.settings
+        learn = learn and not (settings.stop_at is not None and float(self.accuracy.best) > settings.stop_at)
+        self.generator.train(learn)
+        labels = torch.randint(self.task.classes, (settings.batch,), device=self.task.device)
+        with torch.set_grad_enabled(learn):
+            with mixed_precision(self.task.device, settings.bf16):
+                images = self.generator.sample(settings.batch, labels).float()
+                teacher = self.task.teacher(images).float()
+            loss = losses.gdfq_generator_loss(
+                teacher, labels, probe, settings.bn_weight, settings.variant, settings.label_weight
+            )
+        if learn:
+            descend(self.adam, loss)
+            self.decay.step()
+        accuracy = self.accuracy(teacher.detach(), labels)
+        return Batch(images.detach(), labels, teacher.detach(), {"generator": loss, "accuracy": accuracy})
+
+    def images(self, count: int) -> Tensor:
+        """Images of balanced labels from G in eval mode."""
+        return synthesis.from_generator(self.generator, count)[0]
+
+
+class RunningAccuracy(nn.Module):
+    """How many images the full-precision network sees as what they were made for: mean over about ten batches."""
+
+    mean: Tensor
+    best: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("best", torch.zeros(()))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Take a batch into the mean; returns the batch's own share."""
+        share = (logits.argmax(1) == labels).float().mean()
+        self.mean.lerp_(share.to(self.mean), 0.1)
+        torch.maximum(self.best, self.mean, out=self.best)
+        return share
+
+
+def _decay(optimizer: Optimizer, settings: Settings, steps: int) -> LRScheduler:
+    if settings.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, max(steps, 1))
+    return StepLR(optimizer, settings.decay_epochs * settings.iterations, gamma=0.1)

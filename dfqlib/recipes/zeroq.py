@@ -1,0 +1,86 @@
+"""ZeroQ (Cai et al., CVPR 2020): images distilled out of noise, then calibration, and no training at all.
+
+1. *Distilled data.* Optimize Gaussian noise until every image alone has, before each BatchNorm layer, the stored mean
+   and standard deviation: ``min_x sum_l ||mu_l(x) - mu_l||^2 + ||sigma_l(x) - sigma_l||^2``, and mean 0 and deviation 1
+   itself (``losses.zeroq_loss``).
+2. *Post-training quantization.* Run those images once through the quantized network and take its ranges from them.
+
+Where the released code differs: it starts from uniform noise, and it pairs convolutions with BatchNorm layers by the
+order of their definition, which breaks at a convolution without one. Here the BatchNorm layers themselves are hooked.
+Its choice of a width per layer (the Pareto frontier) is not part of this recipe: layers have the widths of ``bits``.
+The paper's quantizer is ``QuantSpec(scheme="affine", granularity="channel", step="fixed")``.
+
+Taught in notebook 05.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from dfqlib import losses, synthesis
+from dfqlib.batchnorm import BatchNormProbe
+from dfqlib.clipping import METHODS
+from dfqlib.errors import InputError
+from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
+from dfqlib.spec import QuantSpec
+
+NEEDS_BATCHNORM = True
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ZeroQ. Both budgets have the paper's 500 iterations; "quick" computes them in bfloat16.
+
+    Attributes:
+        images: distilled images, optimized in one batch.
+        iterations: Adam steps on the pixels.
+        lr: learning rate of Adam, divided by ten whenever the loss has not improved for ``patience`` iterations.
+        patience: see ``lr``.
+        clip: how step quantizers find their clip threshold, one of ``clipping.METHODS``; the paper takes the largest
+            magnitude. Affine quantizers always take minimum and maximum.
+        bf16: distil in bfloat16 where the processor has it.
+    """
+
+    images: int = 64
+    iterations: int = 500
+    lr: float = 0.5
+    patience: int = 100
+    clip: str = "max"
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(
+            self, images=(1, math.inf), iterations=(0, math.inf), lr=(0, math.inf), patience=(0, math.inf)
+        )  # fmt: skip
+        if self.clip not in METHODS:
+            raise InputError(f'clip="{self.clip}" is unknown; take one of {", ".join(METHODS)}')
+
+
+BUDGETS = {"quick": Settings(bf16=True), "published": Settings()}
+
+
+def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
+    """Distilled images, then ranges from them; what is calibrated is the result."""
+    images = distilled_data(task, settings)
+    model = calibrated_student(task, spec, images, method=settings.clip)
+    return Outcome(model, images, calibrated=model)
+
+
+def distilled_data(task: Task, settings: Settings) -> Tensor:
+    """Images each of which has the stored statistics, shape (images, C, H, W)."""
+
+    def objective(images: Tensor, _: Tensor, probe: BatchNormProbe, __: Tensor) -> dict[str, Tensor]:
+        return {"loss": losses.zeroq_loss(probe, images)}
+
+    def optimizer(pixels: list[nn.Parameter]) -> tuple[torch.optim.Optimizer, synthesis.Schedule]:
+        adam = torch.optim.Adam(pixels, settings.lr)
+        return adam, ReduceLROnPlateau(adam, patience=settings.patience)
+
+    unused_labels = synthesis.balanced_labels(settings.images, task.classes, task.device)
+    return synthesis.from_noise(
+        task.teacher, unused_labels, task.image_shape, objective, optimizer, settings.iterations, task.session,
+        batch=settings.images, bf16=settings.bf16,
+    )  # fmt: skip
