@@ -1,0 +1,162 @@
+"""What the commands of the command line do, once their arguments have been read.
+
+Whatever can be wrong is looked at before the minutes of work: the output path, the recipe's settings, the
+checkpoint, the images to evaluate on. What was made is written before it is evaluated.
+"""
+
+import argparse
+import ast
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfqlib import models, recipes
+from dfqlib.errors import InputError
+from dfqlib.evaluate import Batches, agreement, compare_classes, predict_classes
+from dfqlib.recipes import Report
+from dfqlib.saving import save_quantized
+from dfqlib.spec import QuantSpec
+from dfqlib.subject import evaluation_images, load_subject
+from dfqlib.training import check_writable
+
+COMPARED = ("top-1 %", "difference", "agreement %", "seconds")
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What the original network says to the evaluation images: ``chosen`` and ``labels`` have shape (N,)."""
+
+    loader: Batches
+    chosen: Tensor
+    labels: Tensor
+
+    def figures(self, model: nn.Module | None = None) -> list[str]:
+        """The columns COMPARED but the last for a network, or for the original itself."""
+        chosen = self.chosen if model is None else predict_classes(model, self.loader)[0]
+        found = compare_classes(chosen, self.chosen, self.labels)
+        change = f"{found.difference:+.2f} ± {found.standard_error:.2f}"
+        return [f"{found.top1:.2f}", change, f"{found.agreement:.1f}"]
+
+
+def quantize(options: argparse.Namespace) -> int:
+    """``dfqlib quantize``: check, quantize, write, compare; returns the exit code."""
+    _check_files(options)
+    spec = QuantSpec.parse(
+        options.bits, edge_bits=options.edge_bits, granularity=options.granularity, scheme=options.scheme,
+        step=options.step, skip=options.skip,
+    )  # fmt: skip
+    settings = read_settings(options.settings, options.recipe, options.budget)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    subject = load_subject(options)
+    subject.model.to(recipes.usable_device(options.device, subject.model))
+    reference = None
+    if options.evaluate is not None:
+        loader = evaluation_images(options.evaluate, subject)
+        reference = _Reference(loader, *predict_classes(subject.model, loader))
+    report = recipes.quantize(
+        subject.model, subject.image_shape, spec, recipe=options.recipe, budget=options.budget, seed=options.seed,
+        progress=not options.quiet, checkpoint=options.resume, **settings,
+    )  # fmt: skip
+    save_quantized(
+        report, options.output, arch=subject.arch, mean=subject.mean, std=subject.std, classes=subject.classes
+    )
+    if report.interrupted:
+        again = f"; the same command goes on from {options.resume}" if options.resume else ""
+        print(f"dfqlib: interrupted; {options.output} has what was done{again}", file=sys.stderr)
+        return 130
+    print(
+        f"{options.arch}: {options.bits}, first and last layer {spec.edge_bits} bits, weights per {spec.granularity}, "
+        f"skip {spec.skip}; {options.recipe} ({options.budget}), seed {options.seed}\n"
+    )
+    print(summary(report, subject.model, reference, options.evaluate))
+    size = options.output.stat().st_size / 1e6
+    print(f"\nwritten: {options.output} ({size:.1f} MB; read it with dfqlib.load_quantized)")
+    return 0
+
+
+def list_models(_: argparse.Namespace) -> int:
+    """``dfqlib models``: the networks with known checkpoints."""
+    rows = [["name", "image", "classes", "top-1 %", "source"]]
+    for known in map(models.info, models.names()):
+        shape, top1 = "x".join(map(str, known.image_shape)), known.published_top1
+        rows.append([known.name, shape, str(len(known.classes)), f"{top1:.2f}" if top1 else "", known.source])
+    print(_table(rows))
+    return 0
+
+
+def list_recipes(_: argparse.Namespace) -> int:
+    """``dfqlib recipes``: what each does, and its settings in the quick budget."""
+    for name in recipes.names():
+        method, settings = recipes.find(name, "quantize", "quick", {})
+        print(f"{name}: {(method.__doc__ or '').splitlines()[0]}")
+        print(f"    {' '.join(f'{key}={value}' for key, value in asdict(settings).items())}")
+    return 0
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    check_writable(options.output, "--output")
+    others = {"CHECKPOINT": options.checkpoint, "--resume": options.resume}
+    for argument, other in others.items():
+        if other is not None and Path(other).resolve() == options.output.resolve():
+            raise InputError(f"--output={options.output} is the file of {argument} too; name another one")
+
+
+def read_settings(texts: Iterable[str], recipe: str, budget: str) -> dict[str, Any]:
+    """``["steps=20", "bf16=false"]`` as the settings of a recipe, each of the type that its default has.
+
+    Raises:
+        InputError: no NAME=VALUE, a value of another type or out of range, an unknown name, recipe or budget.
+    """
+    _, defaults = recipes.find(recipe, "quantize", budget, {})
+    changes = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f'--set "{text}" must be NAME=VALUE, for example steps=1000')
+        changes[name.strip()] = _parsed(value.strip(), getattr(defaults, name.strip(), None))
+    recipes.find(recipe, "quantize", budget, changes)
+    return changes
+
+
+def _parsed(text: str, default: Any) -> Any:
+    """The value that ``text`` means for a setting; of the wrong type it stays text, which the recipe then refuses."""
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if isinstance(default, bool) else text)
+    except (SyntaxError, ValueError):
+        return text
+    return float(value) if isinstance(default, float) and type(value) is int else value
+
+
+def summary(report: Report, teacher: nn.Module, reference: _Reference | None, data: str | None) -> str:
+    """The final table: the original, the network with calibrated ranges, the fine-tuned network."""
+    made = {"calibrated only": report.calibrated or report.model}
+    if report.model is not made["calibrated only"]:
+        made["fine-tuned"] = report.model
+    rows = [["", "agreement %", "seconds"]] if reference is None else [["", *COMPARED], ["FP32"]]
+    for name, model in made.items():
+        figures = [f"{agreement(model, teacher, report.images):.1f}"] if reference is None else reference.figures(model)
+        rows.append([name, *figures, f"{report.seconds:.1f}" if model is report.model else ""])
+    if reference is None:
+        images = f"the {len(report.images):,} synthetic images; --evaluate compares on real ones"
+        return f"{_table(rows)}\n\nagreement: same class as FP32, on {images}"
+    rows[1] += [reference.figures()[0], "", "", ""]
+    return (
+        f"{_table(rows)}\n\non {len(reference.labels):,} images of {data}; difference: points against FP32 ± its "
+        "paired standard error; agreement: same class as FP32"
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text, the first column and long texts flush left, figures flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = ["<" if index == 0 or width > 20 else ">" for index, width in enumerate(widths)]
+    lines = ("   ".join(f"{c:{a}{w}}" for c, a, w in zip(row, align, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
