@@ -1,0 +1,28 @@
+"""Fake quantization: what n bits do to a tensor, and how a network learns with it.
+
+Two quantizers cover the literature: a *step* quantizer with a fixed or learned step (DFQF Eq. 10-11, the form that
+integer hardware executes) and an *affine* one between a lower and an upper bound (GDFQ Eq. 6).
+``quantize_layers`` puts them into a network, ``calibrate`` sets their ranges from images.
+
+Taught in notebooks 02 and 07.
+"""
+
+from dfqlib.quantizer.functions import affine_quantize, fake_quantize
+from dfqlib.quantizer.modules import AffineQuantizer, Quantizer, StepQuantizer
+from dfqlib.quantizer.network import (
+    QuantConv2d,
+    QuantLinear,
+    calibrate,
+    check_steps,
+    parameter_groups,
+    quantize_layers,
+    quantizers,
+    set_mode,
+)
+from dfqlib.spec import QuantSpec, integer_range
+
+__all__ = [
+    "AffineQuantizer", "QuantConv2d", "QuantLinear", "QuantSpec", "Quantizer", "StepQuantizer", "affine_quantize",
+    "calibrate", "check_steps", "fake_quantize", "integer_range", "parameter_groups", "quantize_layers", "quantizers",
+    "set_mode",
+]  # fmt: skip

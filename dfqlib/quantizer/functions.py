@@ -1,0 +1,117 @@
+"""Fake quantization as functions: what n bits do to a tensor, and the gradient that passes through them.
+
+Taught in notebook 02.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfqlib.errors import InputError
+from dfqlib.spec import integer_range
+
+_inside = torch.ops.aten.hardtanh_backward
+"""(values, x, low, high) -> values where low < x < high, else 0: one vectorized pass, ten times a boolean mask's speed."""
+
+
+def _just_beyond(bound: int, dtype: torch.dtype) -> float:
+    """The number next to ``bound`` in ``dtype``, away from zero: the open interval between two such holds the bounds."""
+    if bound == 0:
+        return -torch.finfo(dtype).tiny
+    ulp = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(abs(bound)))
+    return bound + math.copysign(ulp, bound)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """One pass forward and one backward instead of autograd's chain of five, without its intermediate tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
+        ctx.save_for_backward(x, step)
+        ctx.range = qmin, qmax
+        return torch.div(x, step).round_().clamp_(qmin, qmax).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (grad,) = grads
+        x, step = ctx.saved_tensors
+        qmin, qmax = ctx.range
+        scaled = x / step
+        bounds = _just_beyond(qmin, x.dtype), _just_beyond(qmax, x.dtype)
+        grad_x = _inside(grad, scaled, *bounds)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None
+        # Inside the range the slope is round(x/step) - x/step; outside it is the bound that x was clamped to.
+        slope = scaled.round().clamp_(qmin, qmax).sub_(_inside(scaled, scaled, *bounds))
+        grad_step = slope.mul_(grad).sum_to_size(step.shape)
+        return grad_x, grad_step, None, None
+
+
+def fake_quantize(x: Tensor, step: Tensor | float, qmin: int, qmax: int) -> Tensor:
+    """Round to a grid of integer codes and back: ``clamp(round(x / step), qmin, qmax) * step`` (DFQF Eq. 10).
+
+    The rounding passes gradients straight through (ties go to even); everything else is differentiated as
+    written, which gives the step's gradient of DFQF Eq. 11 and cuts x's gradient outside the range.
+
+    Args:
+        x: any shape.
+        step: positive; a scalar, or a tensor that broadcasts against x, such as (channels, 1, 1, 1).
+        qmin: smallest code, 0 or negative.
+        qmax: largest code.
+
+    Returns:
+        Tensor shaped like x, differentiable in x and step.
+
+    Raises:
+        InputError: a step given as a number is not positive, or qmin is not below qmax.
+
+    Taught in notebook 02.
+    """
+    if qmin >= qmax:
+        raise InputError(f"qmin={qmin} must be below qmax={qmax}")
+    if not isinstance(step, Tensor):
+        if not step > 0:
+            raise InputError(f"step={step} must be positive; take it from clipping.threshold(x, bits) / qmax")
+        step = torch.tensor(step, dtype=x.dtype, device=x.device)
+    return _FakeQuantize.apply(x, step, qmin, qmax)
+
+
+def _round(x: Tensor) -> Tensor:
+    """Round with a straight-through gradient."""
+    return x + (x.round() - x).detach()
+
+
+def affine_quantize(x: Tensor, low: Tensor | float, high: Tensor | float, bits: int) -> Tensor:
+    """Quantize between two bounds to 2^bits evenly spaced values (GDFQ Eq. 6).
+
+    With scale ``(2^k - 1) / (high - low)`` and the integer zero point ``round(scale * low) + 2^(k-1)`` of the
+    released code, codes are ``clamp(round(scale * x - zero_point), -2^(k-1), 2^(k-1) - 1)``.
+
+    Args:
+        x: any shape.
+        low: lower bound, a scalar or one per output channel, shape (x.shape[0],).
+        high: upper bound, likewise.
+        bits: width k.
+
+    Returns:
+        Tensor shaped like x, differentiable in x and in bounds that are tensors; rounding passes straight through.
+
+    Raises:
+        InputError: bounds given as numbers are in the wrong order.
+
+    Taught in notebook 02.
+    """
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor) and low > high:
+        raise InputError(f"low={low} is above high={high}; pass the smaller bound first")
+    low, high = (per_channel(torch.as_tensor(b, dtype=x.dtype, device=x.device), x) for b in (low, high))
+    scale = (2**bits - 1) / (high - low).clamp(min=1e-8)
+    zero_point = _round(scale * low) + 2 ** (bits - 1)
+    codes = _round(scale * x - zero_point).clamp(*integer_range(bits, signed=True))
+    return (codes + zero_point) / scale
+
+
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """View (channels,) as (channels, 1, ...) against x; scalars stay scalars."""
+    return values if values.numel() == 1 else values.reshape(-1, *[1] * (x.ndim - 1))

@@ -1,0 +1,109 @@
+"""Quantizers with ranges of their own: a fixed or learned step (DFQF), or two bounds (GDFQ).
+
+Taught in notebook 02.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dfqlib import clipping
+from dfqlib.quantizer.functions import affine_quantize, fake_quantize, per_channel
+from dfqlib.spec import integer_range
+
+Mode = Literal["float", "calibrate", "quantize"]
+
+MOMENTUM = 0.99
+"""Decay of the moving average of activation ranges (GDFQ's released code)."""
+
+
+class StepQuantizer(nn.Module):
+    """``fake_quantize`` with a step of its own (DFQF Eq. 10).
+
+    In mode "float" it hands x through, in "calibrate" it also sets its step from x, in "quantize" it quantizes.
+
+    Args:
+        bits: width.
+        signed: whether x can be negative; unsigned codes spend all of their range on x >= 0.
+        channels: number of output channels for one step each, None for one step.
+        learned: whether the step is trained.
+
+    Taught in notebook 02.
+    """
+
+    def __init__(self, bits: int, *, signed: bool, channels: int | None = None, learned: bool = True) -> None:
+        super().__init__()
+        self.bits, self.signed = bits, signed
+        self.qmin, self.qmax = integer_range(bits, signed)
+        self.step = nn.Parameter(torch.ones(channels or 1).squeeze(), requires_grad=learned)
+        self.mode: Mode = "float"
+        self.method, self.lower_bound = "mse", 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "calibrate":
+            self.calibrate(x.detach())
+        if self.mode != "quantize":
+            return x
+        return fake_quantize(x, per_channel(self.step, x), self.qmin, self.qmax)
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Set the step to A / qmax, A being the clip threshold of ``method`` but at least ``lower_bound * max|x|``."""
+        per_step = x.reshape(self.step.numel(), -1)
+        for row, step in zip(per_step, self.step.view(-1), strict=True):
+            clip = clipping.threshold(row, self.bits, self.method, self.signed)
+            step.fill_(max(clip, self.lower_bound * float(row.abs().max())) / self.qmax)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, {'signed' if self.signed else 'unsigned'}, steps={self.step.numel()}"
+
+
+class AffineQuantizer(nn.Module):
+    """``affine_quantize`` with bounds of its own (GDFQ Eq. 6).
+
+    In mode "calibrate" it quantizes too, between bounds that are the moving average of each batch's minimum and
+    maximum, with the bias of the first batches corrected once: GDFQ's released code corrects recursively and widens
+    the range thousands of times around its twentieth step. ``follow=True`` is GDFQ's weight quantizer: bounds
+    recomputed at every forward pass.
+
+    Args:
+        bits: width.
+        channels: number of output channels for bounds of their own, None for one pair.
+        learned: whether the bounds are trained.
+        follow: whether the bounds are those of the x at hand.
+
+    Taught in notebook 02.
+    """
+
+    batches: Tensor
+
+    def __init__(self, bits: int, *, channels: int | None = None, learned: bool = False, follow: bool = False) -> None:
+        super().__init__()
+        self.bits, self.follow = bits, follow
+        self.low = nn.Parameter(torch.zeros(channels or 1).squeeze(), requires_grad=learned)
+        self.high = nn.Parameter(torch.ones(channels or 1).squeeze(), requires_grad=learned)
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+        self.mode: Mode = "float"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "float":
+            return x
+        if self.mode == "calibrate" or self.follow:
+            self.calibrate(x.detach())
+        return affine_quantize(x, self.low, self.high, self.bits)
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Take x's minimum and maximum into the bounds: alone when they follow x, else into the running mean."""
+        rows = x.reshape(self.low.numel(), -1)
+        self.batches += 1
+        weight = 1.0 if self.follow else (1 - MOMENTUM) / (1 - MOMENTUM ** int(self.batches))
+        self.low.lerp_(rows.amin(1).view_as(self.low).to(self.low), weight)
+        self.high.lerp_(rows.amax(1).view_as(self.high).to(self.high), weight)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, bounds={self.low.numel()}, follow={self.follow}"
+
+
+Quantizer = StepQuantizer | AffineQuantizer
