@@ -49,7 +49,7 @@ class Settings:
     label_weight: float = 0.2
     shift: int = 2
     flip: bool = True
-    steps: int = 300
+    steps: int = 400
     batch: int = 64
     lr: float = 2e-4
     step_lr: float = 0.1
