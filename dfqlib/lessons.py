@@ -56,6 +56,9 @@ def open_subject(dataset: str, arch: str = "", checkpoint: str = "", data_root: 
         if not isinstance(value, str):
             raise InputError(f"{name}={value!r} must be text, in quotes")
     folder = dataset.removeprefix("folder:")
+    if folder == dataset and dataset not in data.NORMALIZATION:
+        known = ", ".join(data.NORMALIZATION)
+        raise InputError(f'dataset="{dataset}" is unknown; known are {known} and "folder:<path>"')
     for name, path in (("dataset", folder if folder != dataset else ""), ("checkpoint", checkpoint)):
         if path and "://" not in path and not Path(path).exists():
             raise InputError(f'{name}: "{path}" does not exist; a relative path starts in the lesson\'s folder')
