@@ -115,6 +115,7 @@ class _Shapes(fx.Interpreter):
     @torch.no_grad()
     def of(self, images: Tensor) -> dict[str, tuple[int, ...]]:
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.extra_traceback = False  # it would add lines to the message of an error
         self.image_shape = tuple(images.shape[1:])
         self.run(images)
         return self.shapes

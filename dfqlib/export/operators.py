@@ -89,14 +89,18 @@ def _layer(writer: Writer, node: fx.Node, layer: IntegerLayer) -> None:
     if layer.target is None and _source(node) in writer.grids:
         _last_layer(writer, node, layer)
         return
-    inputs = [writer.real(_source(node)), *writer.layer_constants(node, layer)]
-    attributes = _convolution(layer) if layer.is_convolution else {"transB": 1}
     output = OUTPUT if layer.target is None else f"{node.name}_sum"
-    writer.add("Conv" if layer.is_convolution else "Gemm", inputs, output, **attributes)
+    if layer.is_convolution:
+        inputs = [writer.real(_source(node)), *writer.layer_constants(node, layer)]
+        writer.add("Conv", inputs, output, **_convolution(layer))
+    else:
+        writer.linear(node, _source(node), layer, output)
     if layer.target is None:
         writer.keep(node, output, None)
     else:
         writer.store(node, output, layer.target)
+        if not layer.is_convolution:
+            writer.flatten(node)
 
 
 def _last_layer(writer: Writer, node: fx.Node, layer: IntegerLayer) -> None:
@@ -151,7 +155,7 @@ def _average(writer: Writer, node: fx.Node, module: IntegerAverage) -> None:
         writer.add("Conv", [values, weight], name, group=channels, strides=list(pair(pool.stride)), pads=pads)
     writer.store(node, name, module.target)
     if not module.keepdim:
-        writer.names[node] = writer.add("Flatten", [writer.names[node]], f"{node.name}_flat")
+        writer.flatten(node)
 
 
 def _table(writer: Writer, node: fx.Node, module: Table) -> None:
@@ -166,7 +170,10 @@ def _move(writer: Writer, node: fx.Node, kind: str, *constants: str, **attribute
 
 
 def _clamp(writer: Writer, node: fx.Node, module: Clamp) -> None:
-    _move(writer, node, "Clip", *(writer.bound(code, module.grid) for code in module.bounds))
+    if _source(node) in writer.clipped:  # the source was stored within these bounds already
+        writer.keep(node, writer.names[_source(node)], module.grid)
+    else:
+        _move(writer, node, "Clip", *(writer.bound(code, module.grid) for code in module.bounds))
 
 
 def _max_pool(writer: Writer, node: fx.Node, module: nn.MaxPool2d | None) -> None:

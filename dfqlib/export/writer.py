@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
+from dfqlib import graph
 from dfqlib.errors import InputError
 from dfqlib.integer.codes import zero_point
 from dfqlib.integer.layer import IntegerLayer
+from dfqlib.integer.operations import Clamp
 from dfqlib.quantizer import StepQuantizer
 
 OPSETS = {"int8": (17, 8), "int4": (21, 10)}
@@ -36,6 +38,7 @@ class Writer:
         self.constants: dict[str, Any] = {}
         self.names: dict[Any, str] = {}
         self.grids: dict[Any, StepQuantizer] = {}
+        self.clipped: set[fx.Node] = set()
         self._steps: dict[StepQuantizer, str] = {}
         self._dequantized: set[str] = set()
 
@@ -71,12 +74,22 @@ class Writer:
 
     def store(self, node: fx.Node, values: str, grid: StepQuantizer) -> None:
         """Quantize ``values`` as the codes of ``node``, clipped where a byte holds more than the grid."""
-        ends = [code + zero_point(grid) for code in (grid.qmin, grid.qmax)]
-        quantized = node.name if ends == [0, 255] else f"{node.name}_byte"
-        self.add("QuantizeLinear", [values, *self._grid(node, grid)], quantized)
-        if ends != [0, 255]:
-            self.add("Clip", [quantized, *(self.bound(code, grid) for code in (grid.qmin, grid.qmax))], node.name)
+        low, high = self._bounds(node, grid)
+        whole = (low + zero_point(grid), high + zero_point(grid)) == (0, 255)
+        name = node.name if whole else f"{node.name}_byte"
+        self.add("QuantizeLinear", [values, *self._grid(node, grid)], name)
+        if not whole:
+            self.add("Clip", [name, self.bound(low, grid), self.bound(high, grid)], node.name)
         self.keep(node, node.name, grid)
+
+    def _bounds(self, node: fx.Node, grid: StepQuantizer) -> tuple[int, int]:
+        """Smallest and largest code to store; those of a ReLU6 that alone reads them: one Clip does for both."""
+        reader = next(iter(node.users))
+        module = graph.module_of(reader) if reader.op == "call_module" else None
+        if len(node.users) == 1 and isinstance(module, Clamp):
+            self.clipped.add(node)
+            return module.bounds
+        return grid.qmin, grid.qmax
 
     def keep(self, node: fx.Node, name: str, grid: StepQuantizer | None) -> None:
         """Remember what ``node``'s tensor is called, and the grid of its codes (None: it is in floating point)."""
@@ -91,9 +104,22 @@ class Writer:
             return self.constant(name, codes, "int8")
         return self.add("Cast", [self.constant(name, codes, "int4")], f"{name}_int8", to=self.onnx.TensorProto.INT8)
 
+    def linear(self, node: fx.Node, source: fx.Node, layer: IntegerLayer, output: str) -> None:
+        """A linear layer as a 1x1 convolution: runtimes have integer kernels for those, whatever the steps."""
+        shape = self.constant("as_pixels", [0, 0, 1, 1], "int64")
+        pixels = self.add("Reshape", [self.names[source], shape], f"{node.name}_pixels")
+        values = self.add("DequantizeLinear", [pixels, *self._grid(node, layer.source)], f"{pixels}_real")
+        self.add("Conv", [values, *self.layer_constants(node, layer)], output)
+
+    def flatten(self, node: fx.Node) -> None:
+        """Take the two dimensions of size one away from ``node``'s codes."""
+        self.names[node] = self.add("Flatten", [self.names[node]], f"{node.name}_flat")
+
     def layer_constants(self, node: fx.Node, layer: IntegerLayer) -> list[str]:
         """Dequantized weight and bias of a layer: the bias on the grid of the accumulator."""
         codes, bias, steps = layer.integers()
+        if not layer.is_convolution:
+            codes = codes[:, :, None, None]
         weight_step = self.constant(f"{node.name}_weight_step", steps, "float32")
         bias_step = self.constant(f"{node.name}_bias_step", layer.source.step * steps, "float32")
         pairs = {
@@ -142,6 +168,9 @@ class FloatWriter(Writer):
     def bound(self, code: int, grid: StepQuantizer) -> str:
         value = code * grid.step
         return self.constant(f"value_{float(value):.9g}", value, "float32")
+
+    def linear(self, node: fx.Node, source: fx.Node, layer: IntegerLayer, output: str) -> None:
+        self.add("Gemm", [self.names[source], *self.layer_constants(node, layer)], output, transB=1)
 
     def layer_constants(self, node: fx.Node, layer: IntegerLayer) -> list[str]:
         codes, bias, steps = layer.integers()

@@ -99,6 +99,7 @@ class _Observer(fx.Interpreter):
 
     def __init__(self, network: fx.GraphModule, grids: dict[str, StepQuantizer], margin: float) -> None:
         super().__init__(network)
+        self.extra_traceback = False  # it would add lines to the message of an error
         self.grids, self.margin = grids, margin
 
     def run_node(self, n: fx.Node) -> Any:
