@@ -20,7 +20,7 @@ from torch import nn
 
 from dfqlib import batchnorm
 from dfqlib.errors import InputError
-from dfqlib.recipes.base import ImageShape, Outcome, Report, Task, override, prepare_teacher
+from dfqlib.recipes.base import ImageShape, Outcome, Report, Task, check_network, override, prepare_teacher
 from dfqlib.spec import QuantSpec
 from dfqlib.training import Session
 
@@ -125,6 +125,7 @@ class _Run:
 
     def __call__(self, work: Any) -> Report:
         started = time.perf_counter()
+        check_network(self.model, "model")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**31:
             raise InputError(f"seed={self.seed!r} must be a whole number from 0 to 2^31 - 1")
         device = usable_device(self.device, self.model)
@@ -208,6 +209,7 @@ def usable_device(device: str | torch.device | None, model: nn.Module) -> torch.
 
 
 def _fresh_student(student: nn.Module, task: Task) -> nn.Module:
+    check_network(student, "student")
     prepared, classes = prepare_teacher(student, task.image_shape, task.device)
     if classes != task.classes:
         raise InputError(f"student has {classes} classes and the teacher {task.classes}; give them the same number")

@@ -86,8 +86,6 @@ def prepare_teacher(model: nn.Module, image_shape: ImageShape, device: torch.dev
         InputError: not a classifier of such images, or fx reads it differently than Python runs it.
         NonFiniteError: a weight or a logit is NaN or infinite; names it.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model={type(model).__name__} must be a torch.nn.Module with its weights loaded")
     check_image_shape(image_shape)
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -106,6 +104,12 @@ def prepare_teacher(model: nn.Module, image_shape: ImageShape, device: torch.dev
             "(x += ...); write those lines out of place"
         )
     return channels_last(teacher), logits.shape[1]
+
+
+def check_network(network: Any, argument: str) -> None:
+    """Raise InputError unless ``network`` is a module."""
+    if not isinstance(network, nn.Module):
+        raise InputError(f"{argument}={type(network).__name__} must be a torch.nn.Module with its weights loaded")
 
 
 def check_image_shape(image_shape: Any) -> None:
