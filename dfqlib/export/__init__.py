@@ -74,15 +74,20 @@ def integer_network(model: Quantized | nn.Module, image_shape: ImageShape) -> fx
 
     Taught in notebook 10.
     """
-    network = model if isinstance(model, nn.Module) else getattr(model, "model", None)
-    if network is None:
-        raise InputError(f"model={type(model).__name__} is no network; give what dfqlib.quantize returned")
-    network = copy.deepcopy(network).cpu().eval().requires_grad_(False)
+    network = copy.deepcopy(network_of(model)).cpu().eval().requires_grad_(False)
     if not isinstance(model, nn.Module):
         integer.prepare(network, model.images.cpu())
     _zeros(image_shape, 1)
     integer.prepare_from_noise(network, image_shape)
     return integer.simulate(network)
+
+
+def network_of(model: Quantized | nn.Module) -> nn.Module:
+    """The fake-quantized network of a report, or the network itself."""
+    network = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(network, nn.Module):
+        raise InputError(f"model={type(model).__name__} is no network; give what dfqlib.quantize returned")
+    return network
 
 
 def shapes_of(network: fx.GraphModule, image_shape: ImageShape) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,243 @@
+"""Whether an exported file does what was promised: the same answers, a smaller file, less time.
+
+Taught in notebook 10.
+"""
+
+import copy
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from dfqlib import integer
+from dfqlib.errors import InputError
+from dfqlib.evaluate import predict
+from dfqlib.export import Quantized, import_extra, integer_network, network_of, shapes_of
+from dfqlib.export.operators import float_model
+from dfqlib.export.writer import INPUT
+
+BATCHES = (1, 64)
+"""Batch sizes that are timed."""
+TURNS = 3
+"""How often each engine is timed at each of them."""
+SECONDS = 0.05
+"""How long, at least, in each turn."""
+INTEGER_FILE, FLOAT_FILE, FLOAT_TORCH = "integer file", "ONNX Runtime FP32", "PyTorch FP32"
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """What ``verify_export`` found.
+
+    Attributes:
+        images: how many images both networks saw.
+        agreement: share of them on which file and simulation choose the same class, in percent.
+        largest_difference: between the two's logits.
+        file_top1: accuracy of the file in percent; None without labels, as for the next two.
+        simulation_top1: accuracy of the integer simulation.
+        model_top1: accuracy of the fake-quantized network.
+        file_bytes: size of the file.
+        float_bytes: size of the same network as an FP32 ONNX file, BatchNorm folded.
+        operations: how many nodes of each kind ONNX Runtime executes, after its optimizations.
+        milliseconds: median processor time on one thread: engine, then batch size.
+    """
+
+    images: int
+    agreement: float
+    largest_difference: float
+    file_top1: float | None
+    simulation_top1: float | None
+    model_top1: float | None
+    file_bytes: int
+    float_bytes: int | None
+    operations: dict[str, int]
+    milliseconds: dict[str, dict[int, float]]
+
+    @property
+    def all_integer(self) -> bool:
+        """Whether every convolution and every matrix product runs on integers."""
+        floating = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+        return not floating & set(self.operations)
+
+    def speedup(self, engine: str, batch: int) -> float:
+        """How many times faster than ``engine`` the file runs."""
+        return self.milliseconds[engine][batch] / self.milliseconds[INTEGER_FILE][batch]
+
+    def __str__(self) -> str:
+        lines = [
+            f"agreement with the integer simulation: {self.agreement:.2f} % of {self.images:,} images, "
+            f"logits differ by at most {self.largest_difference:.2g}",
+            f"size: {self.file_bytes / 1e3:,.0f} kB"
+            + (f", {self.float_bytes / self.file_bytes:.1f} times smaller than FP32" if self.float_bytes else ""),
+            f"every layer runs in integers: {'yes' if self.all_integer else 'no'} "
+            f"({self.operations.get('QLinearConv', 0)} QLinearConv)",
+        ]
+        if self.file_top1 is not None:
+            lines.insert(1, f"top-1: file {self.file_top1:.2f} %, fake-quantized network {self.model_top1:.2f} %")
+        for batch in BATCHES:
+            times = ", ".join(f"{engine} {each[batch]:.2f} ms" for engine, each in self.milliseconds.items())
+            lines.append(f"batch {batch}: {times}")
+        return "\n".join(lines)
+
+
+def verify_export(
+    report: Quantized | nn.Module, path: str | os.PathLike[str], images: Tensor, labels: Tensor | None = None
+) -> ExportCheck:
+    """Run an exported file beside the network it came from.
+
+    Args:
+        report: what was given to ``export_onnx``.
+        path: the file that it wrote.
+        images: (N, C, H, W), normalized.
+        labels: (N,), for accuracies.
+
+    Raises:
+        InputError: the file is missing, is of another network, or ONNX Runtime cannot load it; images and labels
+            do not match; onnx or onnxruntime is not installed.
+
+    Taught in notebook 10.
+    """
+    if images.ndim != 4 or len(images) == 0 or (labels is not None and len(labels) != len(images)):
+        raise InputError(
+            f"images={tuple(images.shape)} and labels={None if labels is None else tuple(labels.shape)} must be "
+            "(N, channels, height, width) with N at least 1, and (N,)"
+        )
+    path = Path(path)
+    image_shape = (images.shape[1], images.shape[2], images.shape[3])
+    simulation = integer_network(report, image_shape)
+    expected = predict(simulation, images)
+    session, operations = load(path)
+    found = _run(session, images.cpu(), path)
+    if found.shape != expected.shape:
+        raise InputError(f"path={path} returns logits of shape {tuple(found.shape)}; give the file of this network")
+    engines: dict[str, Callable[[Tensor], Any]] = {INTEGER_FILE: lambda x: session.run(None, {INPUT: x.numpy()})}
+    float_bytes = _add_float_engines(engines, network_of(report), simulation, image_shape)
+    return ExportCheck(
+        images=len(images),
+        agreement=100 * float((found.argmax(1) == expected.argmax(1)).float().mean()),
+        largest_difference=float((found - expected).abs().max()),
+        file_top1=_top1(found, labels),
+        simulation_top1=_top1(expected, labels),
+        model_top1=None if labels is None else _top1(predict(network_of(report), images), labels),
+        file_bytes=path.stat().st_size,
+        float_bytes=float_bytes,
+        operations=operations,
+        milliseconds=latencies(engines, images.cpu()),
+    )
+
+
+def load(file: Path | bytes) -> tuple[Any, dict[str, int]]:
+    """An ONNX Runtime session of one thread, and what its optimized graph consists of.
+
+    Raises:
+        InputError: no such file, or not one that the installed ONNX Runtime can run.
+    """
+    runtime, onnx = import_extra("onnxruntime"), import_extra("onnx")
+    if isinstance(file, Path) and not file.is_file():
+        raise InputError(f"path={file} does not exist; write it with dfqlib.export_onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    # Without VNNI instructions the fast 8-bit kernel of x86 saturates its 16-bit sums; this asks for the exact one.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        try:
+            source = file if isinstance(file, bytes) else file.read_bytes()
+            session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions share no base class
+            raise InputError(
+                f"path={file if isinstance(file, Path) else '(FP32)'}: ONNX Runtime {runtime.__version__} cannot load "
+                f"it ({str(error).splitlines()[0]}); update onnxruntime, or export the file again"
+            ) from error
+        optimized = onnx.load(options.optimized_model_filepath)
+    return session, dict(Counter(node.op_type for node in optimized.graph.node))
+
+
+def _run(session: Any, images: Tensor, path: Path) -> Tensor:
+    try:
+        parts = [session.run(None, {INPUT: part.numpy()})[0] for part in images.contiguous().split(256)]
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"path={path} cannot take these images ({reason}); give the file of this network") from error
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _top1(logits: Tensor, labels: Tensor | None) -> float | None:
+    if labels is None:
+        return None
+    return 100 * float((logits.argmax(1) == labels.cpu()).float().mean())
+
+
+def _add_float_engines(
+    engines: dict[str, Callable[[Tensor], Any]],
+    network: nn.Module,
+    simulation: fx.GraphModule,
+    image_shape: tuple[int, int, int],
+) -> int | None:
+    """Add the network in floating point, in ONNX Runtime where it can be written, and in PyTorch; the file's size."""
+    size = None
+    try:
+        content = float_model(simulation, shapes_of(simulation, image_shape)).SerializeToString()
+    except InputError:
+        pass
+    else:
+        session, _ = load(content)
+        engines[FLOAT_FILE] = lambda x: session.run(None, {INPUT: x.numpy()})
+        size = len(content)
+    engines[FLOAT_TORCH] = float_network(network)
+    return size
+
+
+def float_network(network: nn.Module) -> nn.Module:
+    """A copy of a fake-quantized network without its quantizers: plain layers, as they were before quantization."""
+    plain = copy.deepcopy(network).cpu()
+    assert isinstance(plain, fx.GraphModule)
+    plain = integer.without_quantizers(plain)
+    for module in plain.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.__class__ = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
+    return plain.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+
+
+@torch.inference_mode()
+def latencies(engines: dict[str, Callable[[Tensor], Any]], images: Tensor) -> dict[str, dict[int, float]]:
+    """Median milliseconds of each engine at each batch size, on one thread, caches warm.
+
+    Processor time is counted, so that what else the machine does stays out, and engines take turns, so that a change
+    of its clock slows all of them alike.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    measured: dict[str, dict[int, float]] = {engine: {} for engine in engines}
+    try:
+        for size in BATCHES:
+            batch = images.repeat(-(-size // len(images)), 1, 1, 1)[:size].contiguous()
+            times: dict[str, list[float]] = {engine: [] for engine in engines}
+            for _ in range(TURNS):
+                for engine, run in engines.items():
+                    times[engine] += _turn(run, batch)
+            for engine, all_times in times.items():
+                measured[engine][size] = 1e3 * float(np.median(all_times))
+    finally:
+        torch.set_num_threads(threads)
+    return measured
+
+
+def _turn(run: Callable[[Tensor], Any], batch: Tensor) -> list[float]:
+    """Seconds of each of several calls in a row, at least three, after one that warms the caches."""
+    run(batch)
+    started, times = time.perf_counter(), list[float]()
+    while len(times) < 3 or time.perf_counter() - started < SECONDS:
+        before = time.thread_time()
+        run(batch)
+        times.append(time.thread_time() - before)
+    return times
