@@ -107,7 +107,8 @@ class IntegerLayer(nn.Module):
 
     def _accumulate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The int32 accumulator in float32, rounded once where it has more than 24 bits."""
-        largest = weight.detach().abs().flatten(1).sum(1) * max(-self.source.qmin, self.source.qmax) + bias.abs()
+        largest = weight.detach().abs().flatten(1).sum(1) * max(-self.source.qmin, self.source.qmax)
+        largest = largest + bias.detach().abs()
         if float(largest.max()) > EXACT:
             return self._product(x.double(), weight.double(), bias.double()).float()
         return self._product(x, weight, bias)

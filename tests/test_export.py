@@ -1,0 +1,394 @@
+"""Facts about integer networks: the file computes what the simulation computes, code by code."""
+
+import errno
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dfqlib
+from dfqlib import integer
+from dfqlib.errors import InputError
+from dfqlib.evaluate import predict
+from dfqlib.export import export_onnx, integer_network
+from dfqlib.export.verify import FLOAT_TORCH, float_network, load, verify_export
+from dfqlib.integer.layer import IntegerLayer
+from dfqlib.quantizer import QuantSpec, StepQuantizer, calibrate, quantize_layers, quantizers
+from dfqlib.resnet import CifarResNet
+
+Shape = tuple[int, int, int]
+
+
+def odd_batch_norms(model: nn.Module) -> nn.Module:
+    """Statistics as training leaves them, with negative gains, a dead channel and one that is almost dead."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            channels = module.num_features
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            with torch.no_grad():
+                module.weight.copy_(torch.randn(channels) * 0.5 + 0.7)
+                module.weight[0], module.weight[-1] = 0.0, 1e-9
+                module.bias.copy_(torch.randn(channels) * 0.3)
+                module.running_mean.copy_(torch.randn(channels) * 0.2)
+                module.running_var.copy_(torch.rand(channels) + 0.5)
+    return model.eval()
+
+
+class Residual(nn.Module):
+    """Functional ReLUs, a sum without one, a shortcut of slices and padding, global pooling by mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv, self.norm2 = nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16)
+        self.other, self.head = nn.Conv2d(16, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = self.norm2(self.conv(x)) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+        return self.head((self.other(x.relu()) + x).mean((2, 3)))
+
+
+class Mobile(nn.Module):
+    """ReLU6, depthwise and linear bottleneck, as in MobileNetV2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU6())
+        self.depthwise = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.BatchNorm2d(12), nn.ReLU6())
+        self.linear = nn.Sequential(nn.Conv2d(12, 12, 1, bias=False), nn.BatchNorm2d(12))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(12, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.linear(self.depthwise(x)))
+
+
+class Branches(nn.Module):
+    """Pre-activation, concatenation, two poolings, a smooth activation, a grouped and dilated layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding="same"), nn.BatchNorm2d(8)
+        self.conv, self.mix = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2), nn.Conv2d(16, 8, 1)
+        self.hidden, self.head = nn.Linear(8 * 4, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.conv(F.silu(self.norm(x)))
+        x = F.max_pool2d(self.mix(torch.cat([x, y.relu()], 1)), 3, 2, 1)
+        x = F.avg_pool2d(x, 3, 2, 1)
+        return self.head(F.leaky_relu(self.hidden(x.view(x.size(0), -1)), 0.1))
+
+
+class WholeConv(nn.Module):
+    """No linear layer: the logits are an average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.flatten(F.adaptive_avg_pool2d(self.layers(x), 1), 1)
+
+
+NETWORKS: dict[str, tuple[type[nn.Module], Shape]] = {
+    "residual": (Residual, (3, 8, 8)),
+    "branches": (Branches, (3, 8, 8)),
+    "whole_conv": (WholeConv, (3, 6, 6)),
+}
+
+
+def quantized(model: nn.Module, shape: Shape, bits: str = "w4a4", **options: Any) -> nn.Module:
+    network = quantize_layers(model, QuantSpec.parse(bits, **options))
+    calibrate(network, torch.randn(32, *shape), "max")
+    return network
+
+
+def logits_of_file(path: Path, images: Tensor) -> tuple[Tensor, dict[str, int]]:
+    session, operations = load(path)
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), operations
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("bits", "granularity", "container"),
+    [("w8a8", "tensor", "int8"), ("w4a4", "channel", "int4"), ("w3a3", "tensor", "int4"), ("w2a2", "channel", "int8")],
+)
+def test_every_logit_of_the_file_is_that_of_the_simulation(
+    name: str, bits: str, granularity: str, container: Any, tmp_path: Path
+) -> None:
+    build, shape = NETWORKS[name]
+    network = quantized(odd_batch_norms(build()), shape, bits, granularity=granularity)
+    path = export_onnx(network, tmp_path / "net.onnx", shape, container)
+    images = torch.randn(50, *shape)
+    found, operations = logits_of_file(path, images)
+    assert torch.equal(found, predict(integer_network(network, shape), images))
+    assert not {"Conv", "Gemm", "MatMul", "FusedConv", "Sigmoid"} & set(operations)
+    assert found.std() > 0
+
+
+def test_depthwise_layers_and_relu6_run_in_integers(tmp_path: Path) -> None:
+    network = quantized(odd_batch_norms(Mobile()), (3, 8, 8), "w8a8")
+    images = torch.randn(50, 3, 8, 8) * 3
+    found, operations = logits_of_file(export_onnx(network, tmp_path / "net.onnx", (3, 8, 8)), images)
+    assert torch.equal(found, predict(integer_network(network, (3, 8, 8)), images))
+    assert operations["QLinearConv"] == 3
+    torch.testing.assert_close(found, predict(network, images), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("skip", ["quantized", "float"])
+def test_steps_that_are_powers_of_two_lose_nothing(skip: str, tmp_path: Path) -> None:
+    network = quantized(Residual().eval(), (3, 8, 8), "w4a4", skip=skip)
+    integer.prepare_from_noise(network, (3, 8, 8))
+    with torch.no_grad():
+        for _, quantizer in quantizers(network):
+            assert isinstance(quantizer, StepQuantizer)
+            quantizer.step.copy_(2.0 ** quantizer.step.log2().ceil())
+    images = torch.randn(200, 3, 8, 8)
+    found, _ = logits_of_file(export_onnx(network, tmp_path / "net.onnx", (3, 8, 8)), images)
+    assert torch.equal(found, predict(integer_network(network, (3, 8, 8)), images))
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w3a3"])
+def test_digits_leave_as_integers_with_their_accuracy(bits: str, tmp_path: Path) -> None:
+    teacher = dfqlib.load_model("digits_resnet8")
+    images, labels = dfqlib.data.images_and_labels(dfqlib.load_data("digits"), limit=300)
+    network = quantize_layers(teacher, QuantSpec.parse(bits, granularity="channel"))
+    calibrate(network, images)
+    check = verify_export(network, export_onnx(network, tmp_path / "net.onnx", (1, 16, 16)), images, labels)
+    assert check.agreement == 100
+    assert check.largest_difference == 0
+    assert check.file_top1 == check.simulation_top1
+    assert check.file_top1 is not None
+    assert check.model_top1 is not None
+    assert abs(check.file_top1 - check.model_top1) < (3 if bits == "w3a3" else 1)
+    assert check.all_integer
+    assert check.operations["QLinearConv"] == 9
+    assert set(check.milliseconds[FLOAT_TORCH]) == {1, 64}
+    assert "100.00 % of 300 images" in str(check)
+
+
+def test_resnet20_on_real_images(shared_data: Path, tmp_path: Path) -> None:
+    known = dfqlib.models.info("cifar10_resnet20")
+    teacher = dfqlib.load_model(known.name, checkpoint=shared_data / "models/resnet20-12fca82f.th")
+    folder = dfqlib.image_folder(shared_data / "cifar10/test", known.mean, known.std)
+    images, labels = dfqlib.data.images_and_labels(folder, limit=128)
+    for bits in ("w8a8", "w4a4", "w3a3"):
+        network = quantize_layers(teacher, QuantSpec.parse(bits, granularity="channel"))
+        calibrate(network, images[:64], "max")
+        integer.prepare(network, images[:64])
+        path = export_onnx(network, tmp_path / "net.onnx", (3, 32, 32))
+        assert torch.equal(logits_of_file(path, images)[0], predict(integer_network(network, (3, 32, 32)), images))
+        if bits == "w8a8":
+            top1 = [
+                float((predict(net, images).argmax(1) == labels).float().mean())
+                for net in (teacher, integer.simulate(network))
+            ]
+            assert abs(top1[0] - top1[1]) < 0.02
+
+
+def test_four_bits_are_a_sixth_of_the_file(tmp_path: Path) -> None:
+    network = quantized(odd_batch_norms(CifarResNet(20)), (3, 32, 32))
+    small = export_onnx(network, tmp_path / "small.onnx", (3, 32, 32), "int4")
+    images = torch.randn(64, 3, 32, 32)
+    check = verify_export(network, small, images)
+    assert check.float_bytes is not None
+    assert check.file_bytes <= check.float_bytes / 6.5
+    assert check.operations["QLinearConv"] == 19
+    assert check.all_integer
+    assert check.speedup(FLOAT_TORCH, 1) > 3  # 9 on a processor with VNNI
+    assert check.file_top1 is None
+
+
+def test_packed_codes_are_the_codes(tmp_path: Path) -> None:
+    network = quantized(odd_batch_norms(Residual()), (3, 8, 8), edge_bits=4)
+    model = onnx.load(export_onnx(network, tmp_path / "net.onnx", (3, 8, 8), "int4"))
+    stored = {each.name: each for each in model.graph.initializer}
+    assert model.opset_import[0].version == 21
+    layers = [m for m in integer_network(network, (3, 8, 8)).modules() if isinstance(m, IntegerLayer)]
+    assert len(layers) == 4
+    for layer in layers:
+        found = onnx.numpy_helper.to_array(stored[f"{layer.name}_weight"]).astype(np.int8)
+        codes = layer.integers()[0].numpy()
+        assert stored[f"{layer.name}_weight"].data_type == onnx.TensorProto.INT4
+        assert np.array_equal(found, codes.T if layer.name == "head" else codes)
+
+
+def test_a_negative_gain_flips_codes_and_the_most_negative_one_has_no_twin() -> None:
+    conv, norm = nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2)
+    model = nn.Sequential(conv, norm, nn.Flatten(), nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, -1.0]))
+        conv.weight.copy_(torch.tensor([-8.0, -8.0]).view(2, 1, 1, 1))
+    network = quantized(model, (1, 1, 1), edge_bits=4)
+    with torch.no_grad():
+        network.get_parameter("0.weight_quantizer.step").fill_(1.0)
+    layer = next(m for m in integer_network(network, (1, 1, 1)).modules() if isinstance(m, IntegerLayer))
+    assert layer.integers()[0].flatten().tolist() == [-8, 7]
+    assert (layer.integers()[2] > 0).all()
+
+
+def test_training_the_simulation_trains_the_network() -> None:
+    network = quantized(odd_batch_norms(Residual()), (3, 8, 8))
+    integer.prepare(network, torch.randn(16, 3, 8, 8))
+    simulation = integer.simulate(network)
+    images = torch.randn(8, 3, 8, 8)
+    network.zero_grad()
+    F.mse_loss(simulation(images), network(images).detach() + 1).backward()
+    moved = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert {"conv.weight", "norm.weight", "conv.weight_quantizer.step", "quantize_relu.step"} <= moved
+    assert any(name.startswith("store_") for name in moved)
+
+
+def test_gradients_of_the_simulation_follow_those_of_fake_quantization() -> None:
+    network = quantized(Residual().eval(), (3, 8, 8), "w8a8")
+    images = torch.randn(32, 3, 8, 8)
+    integer.prepare(network, images)
+    target = torch.randn(32, 5)
+    gradients = []
+    for each in (network, integer.simulate(network)):
+        network.zero_grad()
+        F.mse_loss(each(images), target).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in (network.conv.weight, network.head.weight)]))  # type: ignore[union-attr,operator]
+    assert F.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+def test_ranges_from_noise_are_near_those_of_images() -> None:
+    teacher = dfqlib.load_model("digits_resnet8")
+    images, _ = dfqlib.data.images_and_labels(dfqlib.load_data("digits"), limit=200)
+    steps = []
+    for prepare in (lambda n: integer.prepare(n, images), lambda n: integer.prepare_from_noise(n, (1, 16, 16))):
+        network = quantize_layers(teacher, QuantSpec.parse("w8a8"))
+        calibrate(network, images)
+        prepare(network)
+        steps.append([q.step.item() for name, q in quantizers(network) if name.startswith("store_")])  # type: ignore[union-attr]
+    assert len(steps[0]) == 6
+    assert all(0.7 < noise / real < 3 for real, noise in zip(*steps, strict=True))
+
+
+def test_exporting_leaves_the_network_as_it_was(tmp_path: Path) -> None:
+    network = quantized(Residual().eval(), (3, 8, 8))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    export_onnx(network, tmp_path / "net.onnx", (3, 8, 8))
+    assert {name: torch.equal(value, before[name]) for name, value in network.state_dict().items()} == dict.fromkeys(
+        before, True
+    )
+
+
+def test_the_floating_point_twin_is_the_network_without_quantizers() -> None:
+    model = odd_batch_norms(Residual())
+    images = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(float_network(quantized(model, (3, 8, 8)))(images), model(images))
+
+
+class BatchMixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).reshape(-1, 4)).reshape(-1, 2)
+
+
+class Gated(Mobile):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x * torch.sigmoid(self.linear(x)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.lstm, self.head = nn.Conv2d(3, 4, 1), nn.LSTM(16, 8, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.conv(x).flatten(2))[0].mean(1))
+
+
+def small(**options: Any) -> nn.Module:
+    return quantized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(64, 2)), (3, 4, 4), **options)
+
+
+def uncalibrated() -> nn.Module:
+    return quantize_layers(Residual(), QuantSpec())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(2, 2), "model=Linear has no quantizers; give what dfqlib.quantize returned"),
+        (lambda: 3, "model=int is no network"),
+        (uncalibrated, "is not calibrated; call quantizer.calibrate"),
+        (lambda: small(scheme="affine"), 'is affine.*QuantSpec\\(scheme="symmetric"\\)'),
+        (lambda: small(bits="w16a16", edge_bits=16), "has 16 bits, but integer files carry at most 8"),
+        (lambda: small().half(), "is torch.float16, not float32; quantize and export model.float"),
+        (lambda: quantized(BatchMixing(), (3, 4, 4)), "keep the batch as its first dimension"),
+        (lambda: quantized(Gated().eval(), (3, 4, 4)), r"mul \(mul\) has no integer form"),
+        (lambda: quantized(Recurrent().eval(), (3, 4, 4)), r"lstm \(LSTM\) has no integer form"),
+        (
+            lambda: quantized(
+                nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(64, 2)),
+                (3, 4, 4),
+            ),
+            "0: padding_mode='reflect' has no integer form; use zeros",
+        ),
+    ],
+)
+def test_what_has_no_integer_form_is_named_and_leaves_no_file(make: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        export_onnx(make(), tmp_path / "net.onnx", (3, 4, 4))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_bad_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = small()
+    bad: list[tuple[Any, Any, Any, str]] = [
+        (tmp_path / "net.onnx", (3, 4, 4), "int2", 'container=\'int2\' must be "int8" or "int4"'),
+        (tmp_path, (3, 4, 4), "int8", "is a folder"),
+        (tmp_path / "no" / "net.onnx", (3, 4, 4), "int8", "does not exist; create it first"),
+        (tmp_path / "net.onnx", (3, 4), "int8", "image_shape=\\(3, 4\\) must be"),
+        (tmp_path / "net.onnx", (3, 9, 9), "int8", "cannot take images of image_shape=\\(3, 9, 9\\)"),
+    ]
+    for path, shape, container, message in bad:
+        with pytest.raises(InputError, match=message):
+            export_onnx(network, path, shape, container)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(InputError, match="cannot be written \\(No space left on device\\)"):
+            export_onnx(network, tmp_path / "net.onnx", (3, 4, 4))
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(InputError, match='pip install "dfqlib\\[export\\]"'):
+        export_onnx(network, tmp_path / "net.onnx", (3, 4, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
+    network, images = small(), torch.randn(3, 3, 4, 4)
+    with pytest.raises(InputError, match="does not exist; write it with"):
+        verify_export(network, tmp_path / "net.onnx", images)
+    (tmp_path / "net.onnx").write_bytes(b"no model")
+    with pytest.raises(InputError, match="cannot load it"):
+        verify_export(network, tmp_path / "net.onnx", images)
+    export_onnx(quantized(Residual().eval(), (3, 8, 8)), tmp_path / "net.onnx", (3, 8, 8))
+    with pytest.raises(InputError, match="give the file of this network"):
+        verify_export(network, tmp_path / "net.onnx", images)
+    with pytest.raises(InputError, match="must be \\(N, channels, height, width\\)"):
+        verify_export(network, tmp_path / "net.onnx", images, torch.zeros(2))
+    newer = onnx.load(tmp_path / "net.onnx")
+    newer.opset_import[0].version = 99
+    (tmp_path / "net.onnx").write_bytes(newer.SerializeToString())
+    with pytest.raises(InputError, match="update onnxruntime"):
+        load(tmp_path / "net.onnx")
