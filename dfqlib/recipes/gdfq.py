@@ -144,21 +144,20 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     forge = Forge(task, settings)
     student = quantized_student(task, spec)
     with BatchNormProbe(task.teacher) as probe:
-        warm_up(task, forge, student, probe, spec, settings)
-        if spec.scheme == "symmetric":
+        averaging = settings.range_epochs * settings.iterations if spec.scheme == "affine" else 0
+        warm_up(task, forge, student, probe, averaging)
+        if not averaging or not settings.warm_up_steps:
             quantizer.calibrate(student, forge.images(IMAGES))
         calibrated = copy.deepcopy(student)
-        fine_tune(task, forge, student, probe, settings)
+        fine_tune(task, forge, student, probe, averaging - settings.warm_up_steps)
     for network in (calibrated, student):
         quantizer.set_mode(network, "quantize")
     return Outcome(student, forge.images(IMAGES), calibrated)
 
 
-def warm_up(
-    task: Task, forge: "Forge", student: nn.Module, probe: BatchNormProbe, spec: QuantSpec, settings: Settings
-) -> None:
-    """Train G alone; affine ranges of Q follow its images for the first epochs."""
-    averaging = settings.range_epochs * settings.iterations if spec.scheme == "affine" else 0
+def warm_up(task: Task, forge: "Forge", student: nn.Module, probe: BatchNormProbe, averaging: int) -> None:
+    """Train G alone; the ranges of Q are averaged over its first ``averaging`` batches."""
+    settings = forge.settings
 
     def step(index: int) -> dict[str, Tensor]:
         batch = forge.draw(probe)
@@ -169,14 +168,12 @@ def warm_up(
         return batch.losses
 
     task.session.loop("warm-up", settings.warm_up_steps, step, {**forge.state, "student": student})
-    still_averaging = averaging > settings.warm_up_steps
-    quantizer.set_mode(student, "calibrate" if still_averaging else "quantize")
 
 
-def fine_tune(task: Task, forge: "Forge", student: nn.Module, probe: BatchNormProbe, settings: Settings) -> None:
+def fine_tune(task: Task, forge: "Forge", student: nn.Module, probe: BatchNormProbe, averaging: int) -> None:
     """Train G and Q in turn, or Q alone where G has been trained to its end; Q in place."""
+    settings = forge.settings
     steps = settings.epochs * settings.iterations
-    fixed_from = settings.range_epochs * settings.iterations - settings.warm_up_steps
     groups = quantizer.parameter_groups(student, settings.lr_q, settings.lr_q / 10)
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
     optimizer = make_optimizer(settings.optimizer, groups, settings.lr_q, **sgd)
@@ -184,8 +181,7 @@ def fine_tune(task: Task, forge: "Forge", student: nn.Module, probe: BatchNormPr
     student.train(not settings.fixed_bn)
 
     def step(index: int) -> dict[str, Tensor]:
-        if index >= fixed_from:
-            quantizer.set_mode(student, "quantize")
+        quantizer.set_mode(student, "calibrate" if index < averaging else "quantize")
         batch = forge.draw(probe, learn=settings.training == "alternating")
         with mixed_precision(task.device, settings.bf16):
             logits = student(batch.images)

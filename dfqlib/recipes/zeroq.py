@@ -15,6 +15,7 @@ Taught in notebook 05.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dfqlib import losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
-from dfqlib.clipping import METHODS
-from dfqlib.errors import InputError
 from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
 from dfqlib.spec import QuantSpec
 
@@ -48,15 +47,12 @@ class Settings:
     iterations: int = 500
     lr: float = 0.5
     patience: int = 100
-    clip: str = "max"
+    clip: Literal["max", "mse", "aciq", "kl"] = "max"
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(
-            self, images=(1, math.inf), iterations=(0, math.inf), lr=(0, math.inf), patience=(0, math.inf)
-        )  # fmt: skip
-        if self.clip not in METHODS:
-            raise InputError(f'clip="{self.clip}" is unknown; take one of {", ".join(METHODS)}')
+        rules = {"images": (1, math.inf), "iterations": (0, math.inf), "lr": (0, math.inf), "patience": (0, math.inf)}
+        check_settings(self, **rules)
 
 
 BUDGETS = {"quick": Settings(bf16=True), "published": Settings()}
