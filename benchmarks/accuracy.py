@@ -18,7 +18,9 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +129,10 @@ def record(path: Path, name: str, case: Case, args: argparse.Namespace, rows: li
     content["cases"][name] = {
         "case": dataclasses.asdict(case),
         "command": f"python benchmarks/accuracy.py --recipe {args.recipe} --budget {args.budget} --case {name} "
-        f"--seeds {' '.join(map(str, args.seeds))} --threads {args.threads}",
+        f"--seeds {' '.join(map(str, args.seeds))} --threads {args.threads} --jobs {args.jobs}",
         "recipe": args.recipe,
         "budget": args.budget,
-        "device": f"CPU, {args.threads} threads, {processor()}",
+        "device": f"CPU, {args.threads} thread{'s' * (args.threads > 1)} of {processor()}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "date": time.strftime("%Y-%m-%d"),
         "summary": summary(rows),
@@ -157,17 +159,19 @@ def main() -> None:
     parser.add_argument("--budget", default="quick")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=1, help="of each run; more jobs finish sooner than more threads")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
     parser.add_argument("--data", type=Path, default=Path(default))
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         row = measure(CASES[args.one], args.recipe, args.budget, args.seeds[0], args.threads, args.data)
-        print(json.dumps(row))
+        print(json.dumps(row, default=dataclasses.asdict))  # settings["spec"] is a QuantSpec
         return
     path = ROOT / "results" / f"accuracy_{args.recipe}.json"
     for name in args.case:
-        rows = [run_apart(name, args, seed) for seed in args.seeds]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            rows = list(pool.map(partial(run_apart, name, args), args.seeds))
         record(path, name, CASES[name], args, rows)
         s = summary(rows)
         print(

@@ -1,6 +1,6 @@
 """Draw docs/overview.png, the README's picture: images a network was made to draw, and what its low-bit version reaches.
 
-    python benchmarks/overview.py        # needs the CIFAR-10 checkpoint under --data, and results/accuracy_express.json
+python benchmarks/overview.py        # needs the CIFAR-10 checkpoint under --data, and results/accuracy_express.json
 """
 
 import argparse
@@ -31,7 +31,9 @@ def main() -> None:
 
     plt = plots.pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(1.15, 1), layout="constrained")
-    grid = images[:50].view(5, 10, *shape) * torch.tensor(known.std).view(3, 1, 1) + torch.tensor(known.mean).view(3, 1, 1)
+    grid = images[:50].view(5, 10, *shape) * torch.tensor(known.std).view(3, 1, 1) + torch.tensor(known.mean).view(
+        3, 1, 1
+    )
     picture = grid.permute(0, 3, 1, 4, 2).reshape(5 * shape[1], 10 * shape[2], 3)
     left.imshow(picture.clamp(0, 1))
     left.set_xticks([shape[2] * (i + 0.5) for i in range(10)], known.classes, rotation=40, ha="right")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dfqlib import losses, quantizer, synthesis
 from dfqlib.batchnorm import BatchNormProbe
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
+from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings, descend
 from dfqlib.spec import QuantSpec
 from dfqlib.training import Stateful, mixed_precision
 
@@ -111,10 +111,9 @@ def fine_tune(task: Task, student: nn.Module, images: Tensor, spec: QuantSpec, s
         with mixed_precision(task.device, settings.bf16):
             with torch.no_grad():
                 target = task.teacher(batch)
-            loss = losses.distillation_loss(student(batch), target, settings.temperature)
-        adam.zero_grad(set_to_none=True)
-        loss.backward()
-        adam.step()
+            logits = student(batch)
+        loss = losses.distillation_loss(logits.float(), target.float(), settings.temperature)
+        descend(adam, loss)
         cycle.step()
         return {"loss": loss}
 

@@ -67,7 +67,7 @@ class Settings:
         variant: "paper", or "released" for the losses' averages of the released code.
         fixed_bn: keep Q's BatchNorm statistics; False lets them drift to the generated images, as training mode does.
         stop_at: stop training G once M sees the wanted label in this share of the images, over about ten batches; None
-            never stops (the paper's best row).
+            never stops.
         lr_g: learning rate of G, Adam with beta (0.5, 0.999).
         lr_q: learning rate of Q.
         optimizer: "sgd" (Nesterov, momentum 0.9, decay 1e-4) or "adam", for Q.
