@@ -1,4 +1,4 @@
-"""Draw docs/overview.png, the README's picture: images a network was made to draw, and what its low-bit version reaches.
+"""Draw docs/overview.png for the README: images a network was made to draw, and what its low-bit version reaches.
 
 python benchmarks/overview.py        # needs the CIFAR-10 checkpoint under --data, and results/accuracy_express.json
 """
