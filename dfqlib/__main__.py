@@ -21,6 +21,8 @@ examples:
       a checkpoint of yours, compared on a folder of photos/<class>/*.png
   dfqlib quantize my.pt --arch mynet:build --image-shape 3,64,64 --output q.pt
       an architecture of yours: build() in mynet.py makes the network
+  dfqlib export q.pt --output q.onnx --evaluate digits
+      that network as integers for ONNX Runtime; quantize --output q.onnx does both
 
 The result is read back in Python with dfqlib.load_quantized("q.pt").
 Exit codes: 0 done, 2 an argument cannot be used (nothing is written), 130 Ctrl-C (what was done is written).
@@ -70,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_network(quantize.add_argument_group("the network"))
     _add_result(quantize.add_argument_group("the result"))
     _add_run(quantize.add_argument_group("the run"))
+    export = commands.add_parser(
+        "export", help="write a quantized network as integer ONNX", epilog=EXAMPLES, formatter_class=style
+    )
+    export.set_defaults(run=command.export)
+    _add_export(export)
     listing = commands.add_parser("models", help="list the networks with known checkpoints")
     listing.set_defaults(run=command.list_models)
     listing = commands.add_parser("recipes", help="list the recipes and their settings")
@@ -100,7 +107,14 @@ def _add_network(group: Any) -> None:
 
 
 def _add_result(group: Any) -> None:
-    group.add_argument("--output", required=True, type=Path, metavar="FILE", help="where the quantized network goes")
+    group.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="where the quantized network goes; .onnx for integers",
+    )
+    _add_container(group)
     group.add_argument(
         "--evaluate", metavar="DATA",
         help="compare with the original on a folder of <class>/<image>, or on digits, mnist, cifar10, cifar100, svhn",
@@ -123,6 +137,22 @@ def _add_result(group: Any) -> None:
             default=getattr(default, name),
             help=f"{meaning} (default: %(default)s)",
         )
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="QUANTIZED", help="file that dfqlib quantize wrote")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="where the ONNX file goes")
+    _add_container(parser)
+    parser.add_argument("--arch", metavar="NAME", help="as for quantize; needed for an architecture of your own")
+    parser.add_argument("--image-shape", type=_shape, metavar="C,H,W", help="of one image (default: as quantized)")
+    parser.add_argument("--evaluate", metavar="DATA", help="check the file on these images: answers, size, speed")
+
+
+def _add_container(group: Any) -> None:
+    group.add_argument(
+        "--container", choices=("int8", "int4"), default="int8",
+        help="of ONNX weights: a byte each, or half a byte (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _add_run(group: Any) -> None:

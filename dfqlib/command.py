@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from dfqlib import models, recipes
 from dfqlib.errors import InputError
 from dfqlib.evaluate import Batches, agreement, compare_classes, predict_classes
+from dfqlib.export import check_exportable, export_onnx
+from dfqlib.export.verify import verify_export
 from dfqlib.recipes import Report
-from dfqlib.saving import save_quantized
+from dfqlib.saving import load_quantized, save_quantized
 from dfqlib.spec import QuantSpec
-from dfqlib.subject import evaluation_images, load_subject
+from dfqlib.subject import Subject, build_own, evaluation_images, load_subject
 from dfqlib.training import check_writable
 
 COMPARED = ("top-1 %", "difference", "agreement %", "seconds")
@@ -55,6 +57,9 @@ def quantize(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     subject = load_subject(options)
     subject.model.to(recipes.usable_device(options.device, subject.model))
+    as_integers = options.output.suffix == ".onnx"
+    if as_integers:
+        check_exportable(subject.model, spec, subject.image_shape)
     reference = None
     if options.evaluate is not None:
         loader = evaluation_images(options.evaluate, subject)
@@ -63,9 +68,12 @@ def quantize(options: argparse.Namespace) -> int:
         subject.model, subject.image_shape, spec, recipe=options.recipe, budget=options.budget, seed=options.seed,
         progress=not options.quiet, checkpoint=options.resume, **settings,
     )  # fmt: skip
-    save_quantized(
-        report, options.output, arch=subject.arch, mean=subject.mean, std=subject.std, classes=subject.classes
-    )
+    if as_integers:
+        export_onnx(report, options.output, subject.image_shape, options.container)
+    else:
+        save_quantized(
+            report, options.output, arch=subject.arch, mean=subject.mean, std=subject.std, classes=subject.classes
+        )
     if report.interrupted:
         again = f"; the same command goes on from {options.resume}" if options.resume else ""
         print(f"dfqlib: interrupted; {options.output} has what was done{again}", file=sys.stderr)
@@ -75,8 +83,30 @@ def quantize(options: argparse.Namespace) -> int:
         f"skip {spec.skip}; {options.recipe} ({options.budget}), seed {options.seed}\n"
     )
     print(summary(report, subject.model, reference, options.evaluate))
-    size = options.output.stat().st_size / 1e6
-    print(f"\nwritten: {options.output} ({size:.1f} MB; read it with dfqlib.load_quantized)")
+    reader = "an integer network for ONNX Runtime" if as_integers else "read it with dfqlib.load_quantized"
+    print(f"\nwritten: {options.output} ({options.output.stat().st_size / 1e6:.2f} MB; {reader})")
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """``dfqlib export``: a saved network as an integer file, checked on images where there are some."""
+    _check_files(options)
+    model = None
+    if options.arch is not None:
+        model = build_own(options.arch) if ":" in options.arch else models.info(options.arch).build()
+    network = load_quantized(options.checkpoint, model)
+    saved: dict[str, Any] = network.meta["saved"]  # type: ignore[assignment,index]
+    shape = options.image_shape or saved["settings"].get("image_shape")
+    if shape is None:
+        raise InputError(f"{options.checkpoint} does not say how large its images are; give --image-shape C,H,W")
+    channels, height, width = shape
+    written = export_onnx(network, options.output, (channels, height, width), options.container)
+    print(f"written: {written} ({written.stat().st_size / 1e6:.2f} MB; an integer network for ONNX Runtime)")
+    if options.evaluate is not None:
+        described = [saved[name] and tuple(saved[name]) for name in ("mean", "std", "classes")]
+        loader = evaluation_images(options.evaluate, Subject(network, saved["arch"], tuple(shape), *described))
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        print(f"\non {options.evaluate}:\n{verify_export(network, written, images, labels)}")
     return 0
 
 
@@ -101,7 +131,7 @@ def list_recipes(_: argparse.Namespace) -> int:
 
 def _check_files(options: argparse.Namespace) -> None:
     check_writable(options.output, "--output")
-    others = {"CHECKPOINT": options.checkpoint, "--resume": options.resume}
+    others = {"CHECKPOINT": options.checkpoint, "--resume": getattr(options, "resume", None)}
     for argument, other in others.items():
         if other is not None and Path(other).resolve() == options.output.resolve():
             raise InputError(f"--output={options.output} is the file of {argument} too; name another one")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from dfqlib import models
+from dfqlib import integer, models
 from dfqlib.checkpoints import read_file, require_fit
 from dfqlib.errors import InputError
 from dfqlib.quantizer import QuantSpec, quantize_layers, quantizers, set_mode
@@ -68,7 +68,7 @@ def save_quantized(
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     if arch is not None:
         known = models.info(arch)
-        require_fit(weights, quantize_layers(known.build(), spec).state_dict(), "network", f'arch="{arch}"')
+        require_fit(weights, _rebuilt(known.build(), spec, weights).state_dict(), "network", f'arch="{arch}"')
         mean, std, classes = mean or known.mean, std or known.std, classes or known.classes
     content = {
         "format": FORMAT,
@@ -112,13 +112,22 @@ def load_quantized(path: str | PathLike[str], model: nn.Module | None = None) ->
         if content["arch"] is None:
             raise InputError(f"{what} is of an architecture of your own; pass model= with a network of it")
         model = models.info(content["arch"]).build()
-    network = quantize_layers(model, spec).cpu()
+    network = _rebuilt(model, spec, weights).cpu()
     require_fit(weights, network.state_dict(), what, type(model).__name__)
     # Taking the tensors as they are keeps their memory layout too, on which the last bit of a convolution depends.
     network.load_state_dict(weights, assign=True)
     set_mode(network, "quantize")
     network.meta["saved"] = {name: content.get(name) for name in ("arch", "mean", "std", "classes", "settings")}
     return network.eval().requires_grad_(False)
+
+
+def _rebuilt(model: nn.Module, spec: QuantSpec, weights: Mapping[str, Tensor]) -> fx.GraphModule:
+    """The quantized network that ``weights`` are of, with the grids of ``integer.prepare`` where they have some."""
+    network = quantize_layers(model, spec)
+    set_mode(network, "quantize")
+    if any(name.startswith(integer.PREFIX) for name in weights):
+        integer.attach(network)
+    return network
 
 
 def _parts(content: Any, what: str) -> tuple[QuantSpec, dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import dfqlib
 from dfqlib import integer
+from dfqlib.__main__ import main
 from dfqlib.errors import InputError
 from dfqlib.evaluate import predict
 from dfqlib.export import export_onnx, integer_network
@@ -281,6 +282,40 @@ def test_exporting_leaves_the_network_as_it_was(tmp_path: Path) -> None:
     assert {name: torch.equal(value, before[name]) for name, value in network.state_dict().items()} == dict.fromkeys(
         before, True
     )
+
+
+def test_a_saved_network_keeps_the_grids_of_its_sums(tmp_path: Path) -> None:
+    model, images = odd_batch_norms(Residual()), torch.randn(20, 3, 8, 8)
+    network = quantized(model, (3, 8, 8))
+    integer.prepare(network, images)
+    dfqlib.save_quantized(network, tmp_path / "q.pt")
+    loaded = dfqlib.load_quantized(tmp_path / "q.pt", model)
+    assert torch.equal(integer.simulate(loaded)(images), integer.simulate(network)(images))
+
+
+TINY = [f"--set={name}" for name in ("images=8", "synthesis_steps=2", "steps=2", "batch=4")]
+
+
+def test_the_command_line_exports_at_once_or_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantize = ["quantize", "--arch", "digits_resnet8", "--quiet", *TINY, "--output"]
+    assert main([*quantize, str(tmp_path / "direct.onnx"), "--container", "int4"]) == 0
+    assert main([*quantize, str(tmp_path / "q.pt")]) == 0
+    capsys.readouterr()
+    later = ["export", str(tmp_path / "q.pt"), "--output", str(tmp_path / "later.onnx"), "--evaluate", "digits"]
+    assert main(later) == 0
+    assert "agreement with the integer simulation: 100.00 % of 500 images" in capsys.readouterr().out
+    assert (tmp_path / "direct.onnx").stat().st_size < (tmp_path / "later.onnx").stat().st_size
+
+
+def test_the_command_line_says_before_the_work_what_cannot_be_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "q.onnx")
+    assert main(["quantize", "--arch", "digits_resnet8", "--scheme", "affine", "--output", output]) == 2
+    assert "is affine" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "none.pt"), "--output", output]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_floating_point_twin_is_the_network_without_quantizers() -> None:

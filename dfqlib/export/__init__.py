@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from dfqlib import integer
 from dfqlib.errors import InputError
 from dfqlib.export.operators import integer_model
+from dfqlib.quantizer import QuantSpec, quantize_layers, set_mode
 from dfqlib.training import check_writable, written_whole
 
 Container = Literal["int8", "int4"]
@@ -67,6 +68,18 @@ def export_onnx(
     simulation = integer_network(model, image_shape)
     write_onnx(integer_model(simulation, shapes_of(simulation, image_shape), container), path)
     return path
+
+
+def check_exportable(model: nn.Module, spec: QuantSpec, image_shape: ImageShape) -> None:
+    """Raise InputError if a model, once quantized, could not be exported: known before the minutes of work.
+
+    Taught in notebook 10.
+    """
+    import_extra("onnx")
+    network = quantize_layers(model, spec)
+    set_mode(network, "quantize")
+    simulation = integer_network(network, image_shape)
+    integer_model(simulation, shapes_of(simulation, image_shape), "int8")
 
 
 def integer_network(model: Quantized | nn.Module, image_shape: ImageShape) -> fx.GraphModule:

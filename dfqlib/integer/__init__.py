@@ -9,7 +9,6 @@ Taught in notebook 10.
 """
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +18,7 @@ from dfqlib.errors import InputError
 from dfqlib.integer.lowering import PREFIX, Lowering, without_quantizers
 from dfqlib.quantizer import AffineQuantizer, StepQuantizer, quantizers
 
-__all__ = ["prepare", "prepare_from_noise", "simulate", "without_quantizers"]
+__all__ = ["PREFIX", "attach", "prepare", "prepare_from_noise", "simulate", "without_quantizers"]
 
 MARGIN = 1.5
 """How far beyond noise's own range a grid reaches when there are no images: real activations have longer tails."""
@@ -29,12 +28,11 @@ def simulate(network: nn.Module) -> fx.GraphModule:
     """The integer network of a fake-quantized one, in eval mode: images in, logits out, codes in between.
 
     It shares weights, steps and BatchNorm with ``network``: train either and both have learned. It computes what the
-    exported file computes, code by code. It differs from the fake-quantized network by the 8-bit grids of
-    ``prepare``, by the bias grid, and in channels of negative BatchNorm gain, whose most negative weight code has no
-    positive twin.
+    exported file computes, code by code. It differs from the prepared network by the bias grid, and in
+    channels of negative BatchNorm gain, whose most negative weight code has no positive twin.
 
     Args:
-        network: what ``quantize_layers`` made of a model: symmetric scheme, calibrated, and ``prepare``d.
+        network: what ``quantize_layers`` made of a model: symmetric scheme, calibrated, and then ``prepare``d.
 
     Raises:
         InputError: something has no integer form, or no range; names it and says what to do.
@@ -43,18 +41,21 @@ def simulate(network: nn.Module) -> fx.GraphModule:
     """
     lowering = Lowering(_checked(network))
     simulation = lowering.lower()
-    for name in lowering.stores:
-        if lowering.grid(name).mode != "quantize":
+    for name, grid in lowering.stores.items():
+        if grid.mode != "quantize":
             raise InputError(f"{name} has no range yet; call integer.prepare(network, images) first")
     return simulation
 
 
 @torch.no_grad()
 def prepare(network: nn.Module, images: Tensor) -> None:
-    """Give ``network`` the grids that only integers need, as submodules ``store_*`` that fake quantization ignores.
+    """Quantize what only integers need quantized: give each tensor that has no grid yet one of 8 bits, in place.
+
+    The network then *is* what the integer file computes, up to the rounding of biases: its accuracy is the file's,
+    and fine-tuning it goes on under the conditions of the file. The new quantizers are submodules ``store_*``.
 
     Args:
-        network: what ``quantize_layers`` made of a model, calibrated; gets submodules. Grids it has stay as they are.
+        network: what ``quantize_layers`` made of a model, calibrated. Grids it has stay as they are.
         images: what to take ranges from, normalized, (N, C, H, W).
 
     Raises:
@@ -62,10 +63,13 @@ def prepare(network: nn.Module, images: Tensor) -> None:
 
     Taught in notebook 10.
     """
-    checked = _checked(network)
-    missing = _missing(checked)
-    if missing:
-        _Observer(checked, missing, 1.0).run(images)
+    grids = attach(network)
+    for grid in grids:
+        grid.mode = "calibrate"
+    if grids:
+        network(images)
+    for grid in grids:
+        grid.mode = "quantize"
 
 
 @torch.no_grad()
@@ -75,40 +79,38 @@ def prepare_from_noise(network: nn.Module, image_shape: tuple[int, int, int]) ->
     What leaves a BatchNorm layer then has the mean and variance it had in training, whatever came in, and so the sums
     have about the ranges that images give them.
     """
-    checked = _checked(network)
-    missing = _missing(checked)
-    if missing:
-        runner = copy.deepcopy(checked)
-        for module in runner.modules():
-            if isinstance(module, _BatchNorm):
-                module.train()
-        noise = torch.randn(64, *image_shape, generator=torch.Generator().manual_seed(0))
-        _Observer(runner, missing, MARGIN).run(noise.to(next(checked.parameters()).device))
-
-
-def _missing(network: fx.GraphModule) -> dict[str, StepQuantizer]:
-    """Grids without a range, by the node they store."""
-    lowering = Lowering(network)
-    lowering.lower()
-    grids = {name.removeprefix(PREFIX): lowering.grid(name) for name in lowering.stores}
-    return {name: grid for name, grid in grids.items() if grid.mode != "quantize"}
-
-
-class _Observer(fx.Interpreter):
-    """Runs a network and sets the range of each grid from the node it is named after."""
-
-    def __init__(self, network: fx.GraphModule, grids: dict[str, StepQuantizer], margin: float) -> None:
-        super().__init__(network)
-        self.extra_traceback = False  # it would add lines to the message of an error
-        self.grids, self.margin = grids, margin
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        grid = self.grids.get(n.name)
-        if grid is not None:
-            grid.calibrate(value * self.margin)
+    attach(network)
+    twin = copy.deepcopy(network)
+    for module in twin.modules():
+        if isinstance(module, _BatchNorm):
+            module.train()
+    noise = torch.randn(64, *image_shape, generator=torch.Generator().manual_seed(0))
+    prepare(twin, noise.to(next(network.parameters()).device))
+    for (_, grid), (_, ranged) in zip(quantizers(network), quantizers(twin), strict=True):
+        if isinstance(grid, StepQuantizer) and isinstance(ranged, StepQuantizer) and grid.mode == "float":
+            grid.step.copy_(ranged.step * MARGIN)
             grid.mode = "quantize"
-        return value
+
+
+def attach(network: nn.Module) -> list[StepQuantizer]:
+    """Insert the quantizers of ``prepare`` without ranges; they hand values through until they have some.
+
+    Returns:
+        Those without a range.
+    """
+    checked = _checked(network)
+    lowering = Lowering(checked)
+    lowering.lower()
+    there = {str(node.target) for node in checked.graph.nodes if node.op == "call_module"}
+    for node in list(checked.graph.nodes):
+        name = f"{PREFIX}{node.name}"
+        if name in lowering.stores and name not in there:
+            checked.add_submodule(name, lowering.stores[name])
+            with checked.graph.inserting_after(node):
+                stored = checked.graph.call_module(name, (node,))
+            node.replace_all_uses_with(stored, delete_user_cb=lambda user, stored=stored: user is not stored)
+    checked.recompile()
+    return [grid for grid in lowering.stores.values() if grid.mode != "quantize"]
 
 
 def _checked(network: nn.Module) -> fx.GraphModule:

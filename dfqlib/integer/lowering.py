@@ -39,8 +39,8 @@ class Lowering:
     """One pass over a fake-quantized graph; ``lower`` writes the integer graph beside it.
 
     A value of the new graph is a pair: its node, and the name of the grid its codes are on (LOGITS: it is floating
-    point). A grid is a quantizer of the network; grids that nobody asked a quantizer for are named ``store_<node>``
-    and created where they are missing.
+    point). A grid is a quantizer of the network; those of tensors that no layer reads are named ``store_<node>``, and
+    those that the network lacks are in ``stores`` too.
     """
 
     def __init__(self, network: fx.GraphModule) -> None:
@@ -49,7 +49,7 @@ class Lowering:
         self.graph = fx.Graph()
         self.values: dict[fx.Node, tuple[fx.Node, str]] = {}
         self.sizes: dict[fx.Node, fx.Node] = {}
-        self.stores: list[str] = []
+        self.stores: dict[str, StepQuantizer] = {}
         self.asked: dict[fx.Node, str] = {}
         self.plain = {node.name: node for node in without_quantizers(network).graph.nodes}
 
@@ -223,18 +223,18 @@ class Lowering:
         return asked.pop() if len(asked) == 1 else PREFIX + node.name
 
     def grid(self, name: str) -> StepQuantizer:
-        """The quantizer of that name, created where the network has none."""
+        """The quantizer of that name, made (for the caller to insert) where the network has none."""
         if name.startswith(PREFIX) and name not in self.stores:
-            self.stores.append(name)
-            if not hasattr(self.network, name):
-                grids = [q for _, q in quantizers(self.network)]
-                signed = not graph.is_non_negative(self.plain[name.removeprefix(PREFIX)])
-                learned = any(p.requires_grad for grid in grids for p in grid.parameters())
-                grid = StepQuantizer(STORED_BITS, signed=signed, learned=learned)
-                self.network.add_submodule(name, grid.to(next(grids[0].parameters()).device))
-        found = self.network.get_submodule(name)
+            self.stores[name] = getattr(self.network, name, None) or self._new_grid(name.removeprefix(PREFIX))
+        found = self.stores[name] if name in self.stores else self.network.get_submodule(name)
         assert isinstance(found, StepQuantizer)
         return found
+
+    def _new_grid(self, node: str) -> StepQuantizer:
+        steps = [parameter for _, quantizer in quantizers(self.network) for parameter in quantizer.parameters()]
+        learned = any(step.requires_grad for step in steps)
+        signed = not graph.is_non_negative(self.plain[node])
+        return StepQuantizer(STORED_BITS, signed=signed, learned=learned).to(steps[0].device)
 
     def _is_size(self, node: fx.Node) -> bool:
         """Whether ``node`` is a number made of shapes rather than a tensor."""
