@@ -9,11 +9,13 @@
 from dfqlib import batchnorm, clipping, data, generators, integer, losses, models, quantizer, synthesis, training
 from dfqlib.checkpoints import load_checkpoint
 from dfqlib.data import image_folder, load_data
+from dfqlib.diagnose import diagnose
 from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.evaluate import agreement, compare, evaluate
 from dfqlib.export import export_onnx
 from dfqlib.export.verify import verify_export
 from dfqlib.models import load_model
+from dfqlib.precision import sensitivity
 from dfqlib.recipes import Report, distill, quantize
 from dfqlib.saving import load_quantized, save_quantized
 from dfqlib.spec import QuantSpec
@@ -22,7 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "InputError", "NonFiniteError", "QuantSpec", "Report", "agreement", "batchnorm", "clipping", "compare", "data",
-    "distill", "evaluate", "export_onnx", "generators", "image_folder", "integer", "load_checkpoint", "load_data",
-    "load_model", "load_quantized", "losses", "models", "quantize", "quantizer", "save_quantized", "synthesis",
-    "training", "verify_export",
+    "diagnose", "distill", "evaluate", "export_onnx", "generators", "image_folder", "integer", "load_checkpoint",
+    "load_data", "load_model", "load_quantized", "losses", "models", "quantize", "quantizer", "save_quantized",
+    "sensitivity", "synthesis", "training", "verify_export",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -31,6 +32,8 @@ class QuantSpec:
             affine weight range follows the weights at each forward pass, as GDFQ's does.
         skip: "quantized" stores a tensor once for all its consumers, the skip connection included; "float" shows
             n bits to the layers only, as many later papers silently do.
+        layers: widths of the weights of single layers by name, over all of the above (``sensitivity`` finds good
+            ones); given as a mapping, kept as sorted pairs.
 
     Taught in notebook 07.
     """
@@ -42,8 +45,13 @@ class QuantSpec:
     scheme: Scheme = "symmetric"
     step: Step = "learned"
     skip: Skip = "quantized"
+    layers: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(sorted((str(name), bits) for name, bits in dict(self.layers).items())))
+        for layer, bits in dict(self.layers).items():
+            if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 16:
+                raise InputError(f'layers: "{layer}" has {bits!r} bits; give a whole number from 2 to 16')
         for name in ("weight_bits", "activation_bits", "edge_bits"):
             bits = getattr(self, name)
             if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 16:
@@ -55,18 +63,28 @@ class QuantSpec:
                 raise InputError(f"{name}={getattr(self, name)!r} must be {options}")
 
     @classmethod
-    def parse(cls, bits: "str | QuantSpec", **changes: Any) -> "QuantSpec":
+    def parse(cls, bits: "str | QuantSpec | Mapping[str, Any]", **changes: Any) -> "QuantSpec":
         """Read ``"w4a4"`` (any case) into a spec; a QuantSpec passes through. ``changes`` set the other fields.
+
+        A mapping gives weight widths by layer name, and under "default" what holds for the rest ("w4a4"), such as
+        ``{"default": "w4a4", "layer1.0.conv1": 8}``.
 
         Raises:
             InputError: the text is not of the form w<bits>a<bits>, or a field is out of range.
         """
         if isinstance(bits, QuantSpec):
             return dataclasses.replace(bits, **changes)
+        if isinstance(bits, Mapping):
+            layers = {name: width for name, width in bits.items() if name != "default"}
+            return cls.parse(bits.get("default", "w4a4"), **{"layers": layers} | changes)
         match = re.fullmatch(r"w(\d+)a(\d+)", bits.strip().lower()) if isinstance(bits, str) else None
         if match is None:
             raise InputError(f'bits={bits!r} needs both widths, for example "w4a4"')
         return cls(weight_bits=int(match[1]), activation_bits=int(match[2]), **changes)
+
+    def weight_bits_of(self, layer: str, at_edge: bool) -> int:
+        """Width of the weights of a layer, the first and the last one being at the edge."""
+        return dict(self.layers).get(layer, self.edge_bits if at_edge else self.weight_bits)
 
 
 def integer_range(bits: int, signed: bool) -> tuple[int, int]:

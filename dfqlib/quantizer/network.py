@@ -51,7 +51,7 @@ def quantize_layers(model: nn.Module, spec: QuantSpec) -> fx.GraphModule:
         spec: widths and scheme.
 
     Raises:
-        InputError: the model has no Conv2d or Linear layer.
+        InputError: the model has no Conv2d or Linear layer, or none of a name in ``spec.layers``.
 
     Taught in notebook 07.
     """
@@ -61,9 +61,12 @@ def quantize_layers(model: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     names = [str(node.target) for node in calls] + inside
     if not names:
         raise InputError(f"model={type(model).__name__} has no Conv2d or Linear layer, so there is nothing to quantize")
+    unknown = dict(spec.layers).keys() - set(names)
+    if unknown:
+        raise InputError(f'bits: no layer is called "{min(unknown)}"; the layers are {", ".join(dict.fromkeys(names))}')
     edges = {names[0], names[-1]}
     for name in dict.fromkeys(names):
-        _quantize_weights(network.get_submodule(name), spec, spec.edge_bits if name in edges else spec.weight_bits)
+        _quantize_weights(network.get_submodule(name), spec, spec.weight_bits_of(name, name in edges))
     _insert_activation_quantizers(network, calls, edges, spec)
     for name in inside:
         bits = spec.edge_bits if name in edges else spec.activation_bits

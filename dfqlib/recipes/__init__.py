@@ -11,6 +11,7 @@ import os
 import pkgutil
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,7 +36,7 @@ def names() -> tuple[str, ...]:
 def quantize(
     model: nn.Module,
     image_shape: ImageShape,
-    bits: str | QuantSpec = "w4a4",
+    bits: str | QuantSpec | Mapping[str, Any] = "w4a4",
     *,
     recipe: str = "express",
     budget: str = "quick",
@@ -50,7 +51,7 @@ def quantize(
     Args:
         model: any classifier called with images (batch, channels, height, width); left untouched.
         image_shape: (channels, height, width) of the images it was trained on.
-        bits: widths such as "w4a4", or a QuantSpec.
+        bits: widths such as "w4a4", a QuantSpec, or weight widths by layer: {"default": "w4a4", "conv1": 8}.
         recipe: one of ``recipes.names()``.
         budget: "quick" for minutes on two CPU cores, "published" for the paper's schedule.
         seed: everything random follows from it; the same seed, device and thread count give the same bits.
