@@ -284,6 +284,19 @@ def test_exporting_leaves_the_network_as_it_was(tmp_path: Path) -> None:
     )
 
 
+def test_the_last_steps_of_express_can_be_those_of_the_file(tmp_path: Path) -> None:
+    teacher = dfqlib.load_model("digits_resnet8")
+    tiny = {"images": 32, "synthesis_steps": 5, "steps": 10, "batch": 16, "progress": False}
+    plain, faithful = (dfqlib.quantize(teacher, (1, 16, 16), integer_share=share, **tiny) for share in (0.0, 0.5))
+    grids = [[n for n, _ in quantizers(each.model) if n.startswith("store_")] for each in (plain, faithful)]
+    assert grids[0] == []
+    assert len(grids[1]) == 6
+    weights = [each.model.get_parameter("layer1.0.conv1.weight") for each in (plain, faithful)]
+    assert not torch.equal(*weights)
+    found, _ = logits_of_file(export_onnx(faithful, tmp_path / "net.onnx", (1, 16, 16)), faithful.images)
+    assert torch.equal(found, predict(integer.simulate(faithful.model), faithful.images))
+
+
 def test_a_saved_network_keeps_the_grids_of_its_sums(tmp_path: Path) -> None:
     model, images = odd_batch_norms(Residual()), torch.randn(20, 3, 8, 8)
     network = quantized(model, (3, 8, 8))

@@ -23,6 +23,7 @@ from dfqlib.evaluate import predict
 from dfqlib.export import Quantized, import_extra, integer_network, network_of, shapes_of
 from dfqlib.export.operators import float_model
 from dfqlib.export.writer import INPUT
+from dfqlib.quantizer import set_mode
 
 BATCHES = (1, 64)
 """Batch sizes that are timed."""
@@ -201,6 +202,7 @@ def float_network(network: nn.Module) -> nn.Module:
     """A copy of a fake-quantized network without its quantizers: plain layers, as they were before quantization."""
     plain = copy.deepcopy(network).cpu()
     assert isinstance(plain, fx.GraphModule)
+    set_mode(plain, "float")  # of layers inside what cannot be traced
     plain = integer.without_quantizers(plain)
     for module in plain.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfqlib import losses, quantizer, synthesis
+from dfqlib import integer, losses, quantizer, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings, descend
 from dfqlib.spec import QuantSpec
@@ -40,6 +40,8 @@ class Settings:
         step_lr: learning rate of the steps as a share of ``lr``.
         temperature: of the distillation loss.
         cutmix: share of fine-tuning batches in which a box of each image comes from another.
+        integer_share: share of the last steps in which the student computes in integers, biases and sums included, as
+            its exported file will; 0 for fake quantization throughout.
         bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
     """
 
@@ -55,6 +57,7 @@ class Settings:
     step_lr: float = 0.1
     temperature: float = 4.0
     cutmix: float = 1.0
+    integer_share: float = 0.0
     bf16: bool = True
 
     def __post_init__(self) -> None:
@@ -62,6 +65,7 @@ class Settings:
             self, images=(2, math.inf), synthesis_steps=(1, math.inf), steps=(0, math.inf), batch=(1, math.inf),
             synthesis_lr=(0, math.inf), lr=(0, math.inf), step_lr=(0, math.inf), label_weight=(0, math.inf),
             temperature=(1e-3, math.inf), shift=(0, math.inf), cutmix=(0, 1),
+            integer_share=(0, 1),
         )  # fmt: skip
 
 
@@ -98,12 +102,17 @@ def synthesize(task: Task, settings: Settings) -> Tensor:
 
 def fine_tune(task: Task, student: nn.Module, images: Tensor, spec: QuantSpec, settings: Settings) -> None:
     """Bring ``student`` close to the teacher on mixtures of ``images``, in place."""
+    first_integer_step = settings.steps - round(settings.integer_share * settings.steps)
+    if settings.integer_share:
+        integer.prepare(student, images)
+    as_exported = integer.simulate(student) if settings.integer_share else student
     lr = settings.lr * 2.0 ** (4 - min(4, spec.weight_bits, spec.activation_bits))
     adam = torch.optim.Adam(quantizer.parameter_groups(student, lr, lr * settings.step_lr))
     peaks = [group["lr"] for group in adam.param_groups]
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, peaks, total_steps=max(settings.steps, 1))
 
-    def step(_: int) -> dict[str, Tensor]:
+    def step(index: int) -> dict[str, Tensor]:
+        network = student if index < first_integer_step else as_exported
         chosen = images[torch.randint(len(images), (settings.batch,))]
         batch = synthesis.shift_and_flip(chosen, settings.shift, settings.flip)
         if torch.rand(()) < settings.cutmix:
@@ -111,7 +120,7 @@ def fine_tune(task: Task, student: nn.Module, images: Tensor, spec: QuantSpec, s
         with mixed_precision(task.device, settings.bf16):
             with torch.no_grad():
                 target = task.teacher(batch)
-            logits = student(batch)
+            logits = network(batch)
         loss = losses.distillation_loss(logits.float(), target.float(), settings.temperature)
         descend(adam, loss)
         cycle.step()
