@@ -1,7 +1,7 @@
 """Where to clip a tensor before it is quantized: a smaller range has finer steps and cuts off more.
 
 Each method returns the threshold A of a range [-A, A], or [0, A] for what follows a ReLU; the step of the
-grid is A divided by the largest code. Taught in notebook 06.
+grid is A divided by the largest code. Taught in notebook 02.
 """
 
 import math
@@ -40,7 +40,7 @@ def threshold(x: Tensor, bits: int, method: str = "mse", signed: bool = True) ->
             ``signed`` is False.
         NonFiniteError: ``x`` holds a NaN or an infinity.
 
-    Taught in notebook 06.
+    Taught in notebook 02.
     """
     if method not in METHODS:
         raise InputError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
@@ -77,7 +77,7 @@ def quantization_error(x: Tensor, clip: float | Tensor, bits: int, signed: bool 
     Returns:
         The error of each threshold, in squared units of ``x``: scalar, or shape (k,).
 
-    Taught in notebook 06.
+    Taught in notebook 02.
     """
     _check_bits(bits)
     values = x.detach().flatten()

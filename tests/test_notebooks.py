@@ -199,3 +199,12 @@ def test_leaves_its_results_for_a_sweep(path):
     ]
     assert displayed
     json.dumps(displayed, allow_nan=False)
+
+
+@pytest.mark.parametrize("path", EVERY)
+def test_links_to_files_lead_somewhere(path):
+    links = re.findall(
+        r"\]\(([^)#\s]+)", "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    )
+    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert not missing
