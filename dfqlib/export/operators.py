@@ -16,7 +16,16 @@ from dfqlib.errors import InputError
 from dfqlib.export.writer import INPUT, OPSETS, OUTPUT, FloatWriter, Shapes, Writer
 from dfqlib.integer.codes import pair
 from dfqlib.integer.layer import IntegerLayer
-from dfqlib.integer.operations import Clamp, Dequantize, IntegerAdd, IntegerAverage, Quantize, Table, window_step
+from dfqlib.integer.operations import (
+    Clamp,
+    Dequantize,
+    IntegerAdd,
+    IntegerAverage,
+    IntegerProduct,
+    Quantize,
+    Table,
+    window_step,
+)
 
 
 def integer_model(simulation: fx.GraphModule, shapes: Shapes, container: str) -> Any:
@@ -137,9 +146,10 @@ def _convolution(layer: IntegerLayer) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _sum(writer: Writer, node: fx.Node, module: IntegerAdd) -> None:
+def _combine(writer: Writer, node: fx.Node, module: IntegerAdd | IntegerProduct) -> None:
     terms = [writer.real(term) for term in node.args if isinstance(term, fx.Node)]
-    writer.store(node, writer.add("Add", terms, f"{node.name}_sum"), module.target)
+    kind = "Add" if isinstance(module, IntegerAdd) else "Mul"
+    writer.store(node, writer.add(kind, terms, f"{node.name}_result"), module.target)
 
 
 def _average(writer: Writer, node: fx.Node, module: IntegerAverage) -> None:
@@ -230,7 +240,8 @@ _WRITERS: dict[Any, Callable[[Writer, fx.Node, Any], None]] = {
     Quantize: _quantize,
     Dequantize: _dequantize,
     IntegerLayer: _layer,
-    IntegerAdd: _sum,
+    IntegerAdd: _combine,
+    IntegerProduct: _combine,
     IntegerAverage: _average,
     Table: _table,
     Clamp: _clamp,

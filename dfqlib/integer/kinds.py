@@ -12,10 +12,13 @@ from dfqlib.quantizer import QuantConv2d, QuantLinear
 
 LAYERS: set[Any] = {QuantConv2d, QuantLinear}
 ADDS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
+PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 MEANS: set[Any] = {torch.mean, "mean"}
 ADAPTIVE: set[Any] = {nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d}
 AVERAGES: set[Any] = {nn.AvgPool2d, F.avg_pool2d, *ADAPTIVE, *MEANS}
 NOTHING: set[Any] = {nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, "contiguous"}
+NOTHING_BY_NAME = {"stochastic_depth"}
+"""Functions of other packages that change nothing in eval mode."""
 MAX_POOLS: set[Any] = {nn.MaxPool2d, F.max_pool2d}
 PADS: set[Any] = {F.pad}
 MOVES: set[Any] = {operator.getitem, *PADS, *graph.VIEWS, *MAX_POOLS}

@@ -14,7 +14,16 @@ from dfqlib import graph
 from dfqlib.errors import InputError
 from dfqlib.integer import kinds
 from dfqlib.integer.layer import IntegerLayer
-from dfqlib.integer.operations import Clamp, Dequantize, Function, IntegerAdd, IntegerAverage, Quantize, Table
+from dfqlib.integer.operations import (
+    Clamp,
+    Dequantize,
+    Function,
+    IntegerAdd,
+    IntegerAverage,
+    IntegerProduct,
+    Quantize,
+    Table,
+)
 from dfqlib.quantizer import StepQuantizer, quantizers
 
 STORED_BITS = 8
@@ -75,14 +84,16 @@ class Lowering:
         elif _is_batch_norm(node):
             self._write_layer(node, None, node)
         elif kind in kinds.ADDS:
-            self._add(node)
+            self._combine(node, IntegerAdd)
+        elif kind in kinds.PRODUCTS:
+            self._combine(node, IntegerProduct)
         elif kind in kinds.AVERAGES:
             self._average(node, kind)
         elif kind in kinds.ELEMENTWISE:
             source, grid = self._codes(node.args[0])
             function = graph.module_of(node) if node.op == "call_module" else Function(node)
             self._write(node, Table(function, self.grid(grid), self._target(node)), source)
-        elif kind in kinds.NOTHING:
+        elif kind in kinds.NOTHING or getattr(kind, "__name__", "") in kinds.NOTHING_BY_NAME:
             self.values[node] = self.values[node.args[0]]  # type: ignore[index]
         elif kind in graph.RELU:
             self._relu(node, 6.0 if kind in kinds.SIXES else None)
@@ -113,12 +124,12 @@ class Lowering:
         new = self._call(node.name, IntegerLayer(str(node.target), conv, batch_norm, self.grid(grid), target), source)
         self.values[node] = self.values[last] = new, asked
 
-    def _add(self, node: fx.Node) -> None:
+    def _combine(self, node: fx.Node, operation: type[IntegerAdd] | type[IntegerProduct]) -> None:
         terms = node.args
         if len(terms) != 2 or not all(isinstance(term, fx.Node) for term in terms) or node.kwargs.get("alpha", 1) != 1:
             raise _no_integer_form(node)
         (a, grid_a), (b, grid_b) = (self._codes(term) for term in terms)
-        self._write(node, IntegerAdd(self.grid(grid_a), self.grid(grid_b), self._target(node)), a, b)
+        self._write(node, operation(self.grid(grid_a), self.grid(grid_b), self._target(node)), a, b)
 
     def _average(self, node: fx.Node, kind: Any) -> None:
         pool: Any

@@ -51,6 +51,17 @@ class IntegerAdd(nn.Module):
         return to_codes(total, self.target, zero) - zero
 
 
+class IntegerProduct(nn.Module):
+    """The product of two tensors on grids of their own, one of which may be a number per channel (a gate)."""
+
+    def __init__(self, first: Grid, second: Grid, target: Grid) -> None:
+        super().__init__()
+        self.first, self.second, self.target = first, second, target
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return to_codes(a * b * (self.first.step * self.second.step / self.target.step), self.target)
+
+
 class IntegerAverage(nn.Module):
     """Average pooling: whole sums, then one multiplier.
 
