@@ -194,7 +194,7 @@ def test_resnet20_on_real_images(shared_data: Path, tmp_path: Path) -> None:
     known = dfqlib.models.info("cifar10_resnet20")
     teacher = dfqlib.load_model(known.name, checkpoint=shared_data / "models/resnet20-12fca82f.th")
     folder = dfqlib.image_folder(shared_data / "cifar10/test", known.mean, known.std)
-    images, labels = dfqlib.data.images_and_labels(folder, limit=96)
+    images, labels = dfqlib.data.images_and_labels(folder, limit=128)
     for bits in ("w8a8", "w4a4", "w3a3"):
         network = quantize_layers(teacher, QuantSpec.parse(bits, granularity="channel"))
         calibrate(network, images[:32], "max")
@@ -206,7 +206,7 @@ def test_resnet20_on_real_images(shared_data: Path, tmp_path: Path) -> None:
                 float((predict(net, images).argmax(1) == labels).float().mean())
                 for net in (teacher, integer.simulate(network))
             ]
-            assert abs(top1[0] - top1[1]) < 0.02
+            assert abs(top1[0] - top1[1]) < 0.04
 
 
 def test_four_bits_are_a_sixth_of_the_file(tmp_path: Path) -> None:
