@@ -6,6 +6,7 @@ A table stands between ``<!-- results: NAME -->`` and ``<!-- end -->`` and is re
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,48 @@ def accuracy(recipe: str) -> str:
     return "\n".join(lines)
 
 
+def export() -> str:
+    """One row per widths and container of results/export.json, over its seeds."""
+    content = json.loads((ROOT / "results" / "export.json").read_text())
+    lines = [
+        "| network | bits | container | file = simulation | FP32 | file | size | batch 1 | batch 64 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in content["runs"]:
+        for container in ("int8", "int4"):
+            if container in run:
+                groups.setdefault((run["bits"], container), []).append({**run, **run[container]})
+    for (bits, container), runs in groups.items():
+        agreement = min(min(run["agreement_test_images"], run["agreement_random_images"]) for run in runs)
+        top1 = [run["file_top1"] for run in runs]
+        spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+        tuned = f"fine-tuned, {len(runs)} seeds" if runs[0]["fine_tuned"] else "calibrated only"
+        size = runs[0]["fp32_bytes"] / runs[0]["file_bytes"]
+        cells = [content["network"], f"{bits.upper()}, {tuned}", container, f"{agreement:.1f} %"]
+        cells += [f"{runs[0]['fp32_top1']:.2f}", f"{statistics.mean(top1):.2f}{spread}", f"1/{size:.1f}"]
+        cells += [_speedups(runs, batch) for batch in ("1", "64")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _speedups(runs: list[dict[str, Any]], batch: str) -> str:
+    """How many times faster than FP32 in PyTorch and in ONNX Runtime, median of the runs."""
+    ratios = [
+        statistics.median(
+            run["milliseconds"][engine][batch] / run["milliseconds"]["integer file"][batch] for run in runs
+        )
+        for engine in ("PyTorch FP32", "ONNX Runtime FP32")
+    ]
+    return " / ".join(f"{ratio:.1f}×" for ratio in ratios)
+
+
 def written(text: str) -> str:
     """The README's text with every table made anew."""
 
     def table(match: re.Match[str]) -> str:
-        return f"<!-- results: {match[1]} -->\n{accuracy(match[1])}\n<!-- end -->"
+        name = match[1]
+        return f"<!-- results: {name} -->\n{export() if name == 'export' else accuracy(name)}\n<!-- end -->"
 
     return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 

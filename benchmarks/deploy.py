@@ -1,0 +1,101 @@
+"""What leaves as integers: agreement, accuracy, size and latency of exported files, each run in a fresh process.
+
+    python benchmarks/deploy.py          # ResNet-20 / CIFAR-10: W8A8 and W3A3 calibrated only, W4A4 fine-tuned, 3 seeds
+
+Latencies are medians of processor time on one thread, engines taking turns. Writes results/export.json, which the
+README's table is made from (``python benchmarks/tables.py``).
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accuracy import ROOT, load, processor
+
+RUNS = [("w8a8", 0, 0), ("w3a3", 0, 0), *[("w4a4", seed, None) for seed in (0, 1, 2)]]
+"""(bits, seed, fine-tuning steps; None for the budget's)."""
+INTEGER_SHARE = 0.2
+
+
+def measure(bits: str, seed: int, steps: int | None, data: Path) -> dict[str, Any]:
+    """Quantize, export both containers, and compare each with the integer simulation."""
+    import torch
+
+    import dfqlib
+
+    torch.set_num_threads(1)
+    teacher, loader, shape = load("cifar10_resnet20", data)
+    images, labels = dfqlib.data.images_and_labels(loader)
+    noise = torch.randn(2000, *shape, generator=torch.Generator().manual_seed(0))
+    settings = {} if steps is None else {"steps": steps}
+    report = dfqlib.quantize(
+        teacher, shape, bits, seed=seed, progress=False, integer_share=0.0 if steps == 0 else INTEGER_SHARE, **settings
+    )
+    row: dict[str, Any] = {"bits": bits, "seed": seed, "fine_tuned": steps != 0}
+    row["fp32_top1"] = dfqlib.evaluate(teacher, loader)
+    for container in ("int8", "int4") if bits != "w8a8" else ("int8",):
+        with tempfile.TemporaryDirectory() as folder:
+            path = dfqlib.export_onnx(report, Path(folder) / "model.onnx", shape, container=container)
+            check = dfqlib.verify_export(report, path, images, labels)
+            random = dfqlib.verify_export(report, path, noise)
+        row[container] = {
+            "agreement_test_images": check.agreement,
+            "agreement_random_images": random.agreement,
+            "largest_logit_difference": max(check.largest_difference, random.largest_difference),
+            "file_top1": check.file_top1,
+            "model_top1": check.model_top1,
+            "file_bytes": check.file_bytes,
+            "fp32_bytes": check.float_bytes,
+            "all_integer": check.all_integer,
+            "qlinearconv": check.operations.get("QLinearConv", 0),
+            "milliseconds": check.milliseconds,
+        }
+    return row
+
+
+def main() -> None:
+    """Measure every run and write the file."""
+    default = os.environ.get("DFQLIB_DATA") or ROOT.parent / "shared" / "data"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(default))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(*json.loads(args.one), data=args.data)))
+        return
+    rows = []
+    for run in RUNS:
+        command = [sys.executable, __file__, "--one", json.dumps(run), "--data", str(args.data)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            raise SystemExit(f"{run} failed:\n{done.stderr[-2000:]}")
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(rows[-1]), flush=True)
+    content = {
+        "command": "python benchmarks/deploy.py",
+        "network": "ResNet-20, CIFAR-10",
+        "recipe": "express",
+        "budget": f"quick, integer_share={INTEGER_SHARE} for the fine-tuned runs",
+        "device": f"CPU, 1 thread of {processor()}",
+        "versions": {
+            "python": platform.python_version(), **{name: version(name) for name in ("torch", "onnx", "onnxruntime")}
+        },
+        "date": time.strftime("%Y-%m-%d"),
+        "runs": rows,
+    }  # fmt: skip
+    path = ROOT / "results" / "export.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
