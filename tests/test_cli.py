@@ -20,7 +20,7 @@ from dfqlib import command, recipes
 from dfqlib.__main__ import main
 from dfqlib.command import read_settings
 from dfqlib.errors import InputError
-from dfqlib.recipes import express
+from dfqlib.recipes import _tuning
 
 TINY = [f"--set={name}" for name in ("images=8", "synthesis_steps=2", "steps=2", "batch=4")]
 DIGITS = ["quantize", "--arch", "digits_resnet8", "--bits", "w3a3", "--quiet", *TINY]
@@ -177,14 +177,14 @@ def test_ctrl_c_writes_what_is_done_and_the_same_command_goes_on(
 ) -> None:
     whole, part, resume = (tmp_path / name for name in ("whole.pt", "part.pt", "run.ckpt"))
     assert dfq(*DIGITS, "--output", whole).code == 0
-    cutmix = express.cutmix
+    cutmix = _tuning.cutmix
 
     def pressed(images: torch.Tensor) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGINT)
         return cutmix(images)
 
     with monkeypatch.context() as patch:
-        patch.setattr(express, "cutmix", pressed)
+        patch.setattr(_tuning, "cutmix", pressed)
         result = dfq(*DIGITS, "--output", part, "--resume", resume)
     assert result.code == 130
     assert f"interrupted; {part} has what was done; the same command goes on from {resume}" in result.err

@@ -11,7 +11,7 @@ from dfqlib import losses, models, quantizer, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.generators import ConditionalGenerator, UnconditionalGenerator
-from dfqlib.recipes import base, express
+from dfqlib.recipes import _tuning, base, express
 from dfqlib.spec import QuantSpec
 from dfqlib.training import Session
 
@@ -101,7 +101,7 @@ def test_cutmix_takes_one_box_from_another_image() -> None:
     torch.manual_seed(0)
     shares = []
     for _ in range(200):
-        mixed = express.cutmix(images)
+        mixed = _tuning.cutmix(images)
         assert torch.equal(mixed[0] + mixed[1], torch.full(SHAPE, 3.0))
         shares.append(float((mixed[0] == 2.0).float().mean()))
     assert 0.4 < sum(shares) / len(shares) < 0.6

@@ -29,8 +29,8 @@ __all__ = ["Report", "distill", "find", "names", "quantize", "usable_device"]
 
 
 def names() -> tuple[str, ...]:
-    """The recipes that ``recipe=`` takes: the files of this folder."""
-    return tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base")
+    """The recipes that ``recipe=`` takes: the files of this folder, but for ``base`` and those with an underscore."""
+    return tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base" and not m.name.startswith("_"))
 
 
 def quantize(

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfqlib import integer, losses, quantizer, synthesis
+from dfqlib import integer, losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings, descend
+from dfqlib.recipes import _tuning
+from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
 from dfqlib.spec import QuantSpec
-from dfqlib.training import Stateful, mixed_precision
 
 NEEDS_BATCHNORM = True
 
@@ -62,10 +62,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_settings(
-            self, images=(2, math.inf), synthesis_steps=(1, math.inf), steps=(0, math.inf), batch=(1, math.inf),
-            synthesis_lr=(0, math.inf), lr=(0, math.inf), step_lr=(0, math.inf), label_weight=(0, math.inf),
-            temperature=(1e-3, math.inf), shift=(0, math.inf), cutmix=(0, 1),
-            integer_share=(0, 1),
+            self, images=(2, math.inf), synthesis_steps=(1, math.inf), synthesis_lr=(0, math.inf),
+            label_weight=(0, math.inf), integer_share=(0, 1), **_tuning.RULES,
         )  # fmt: skip
 
 
@@ -106,38 +104,7 @@ def fine_tune(task: Task, student: nn.Module, images: Tensor, spec: QuantSpec, s
     if settings.integer_share:
         integer.prepare(student, images)
     as_exported = integer.simulate(student) if settings.integer_share else student
-    lr = settings.lr * 2.0 ** (4 - min(4, spec.weight_bits, spec.activation_bits))
-    adam = torch.optim.Adam(quantizer.parameter_groups(student, lr, lr * settings.step_lr))
-    peaks = [group["lr"] for group in adam.param_groups]
-    cycle = torch.optim.lr_scheduler.OneCycleLR(adam, peaks, total_steps=max(settings.steps, 1))
-
-    def step(index: int) -> dict[str, Tensor]:
-        network = student if index < first_integer_step else as_exported
-        chosen = images[torch.randint(len(images), (settings.batch,))]
-        batch = synthesis.shift_and_flip(chosen, settings.shift, settings.flip)
-        if torch.rand(()) < settings.cutmix:
-            batch = cutmix(batch)
-        with mixed_precision(task.device, settings.bf16):
-            with torch.no_grad():
-                target = task.teacher(batch)
-            logits = network(batch)
-        loss = losses.distillation_loss(logits.float(), target.float(), settings.temperature)
-        descend(adam, loss)
-        cycle.step()
-        return {"loss": loss}
-
-    state: dict[str, Stateful] = {"student": student, "optimizer": adam, "schedule": cycle}
-    check = partial(quantizer.check_steps, student)
-    task.session.loop("fine-tuning", settings.steps, step, state, check)
-
-
-def cutmix(images: Tensor) -> Tensor:
-    """Replace a random box of each image by that of another; its area is uniform in 0 ... 1 (CutMix, Yun et al.)."""
-    height, width = images.shape[2:]
-    share = float(torch.rand(())) ** 0.5
-    tall, wide = round(height * share), round(width * share)
-    top = int(torch.randint(height - tall + 1, ()))
-    left = int(torch.randint(width - wide + 1, ()))
-    mixed = images.clone()
-    mixed[:, :, top : top + tall, left : left + wide] = images.flip(0)[:, :, top : top + tall, left : left + wide]
-    return mixed
+    _tuning.fine_tune(
+        task, student, images, settings, _tuning.peak_lr(settings.lr, spec),
+        network_at=lambda index: student if index < first_integer_step else as_exported,
+    )  # fmt: skip
