@@ -25,21 +25,19 @@ Taught in notebook 04, its distillation in notebook 05, its quantization in note
 import copy
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from dfqlib import losses, quantizer, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.generators import UnconditionalGenerator
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings, descend, make_optimizer
+from dfqlib.recipes._duel import Answers, Milestones, Player, Rules, decayed, play, reinitialized, trained_by_adam
+from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings, make_optimizer
 from dfqlib.spec import QuantSpec
-from dfqlib.training import Stateful, channels_last, mixed_precision
 
 NEEDS_BATCHNORM = True
 
@@ -146,20 +144,19 @@ class Players:
 
     Attributes:
         generator: G.
-        adam: what trains it, through all phases.
+        player: G and the Adam that trains it through all phases.
     """
 
     def __init__(self, task: Task, settings: Settings) -> None:
         torch.manual_seed(task.session.seed)
         self.task, self.settings = task, settings
-        self.generator = UnconditionalGenerator(task.image_shape, settings.latent).to(task.device)
-        channels_last(self.generator)
-        self.adam = torch.optim.Adam(self.generator.parameters(), settings.lr_g)
+        self.generator = UnconditionalGenerator(task.image_shape, settings.latent)
+        self.player = trained_by_adam(task, self.generator, settings.lr_g)
 
     def train_both(self, phase: str, student: nn.Module, epochs: int) -> None:
         """Algorithm 1: G and a student from scratch in turn, both in place."""
         sgd = torch.optim.SGD(student.parameters(), self.settings.lr_s, momentum=MOMENTUM, weight_decay=DECAY)
-        self._play(phase, epochs, student.train(), sgd, adversarial=True)
+        self._play(phase, epochs, student.train(), sgd, MILESTONES, adversarial=True)
 
     def fine_tune(self, student: nn.Module) -> None:
         """Algorithm 2, last step: the calibrated student, in place, with G fixed or as its adversary."""
@@ -167,62 +164,27 @@ class Players:
         groups = quantizer.parameter_groups(student, settings.lr, settings.lr * settings.step_lr)
         optimizer = make_optimizer(settings.optimizer, groups, settings.lr, momentum=MOMENTUM, weight_decay=DECAY)
         student.train(settings.student_bn == "train")
-        self._play("fine-tuning", settings.epochs, student, optimizer, settings.generator == "adversarial")
+        self._play("fine-tuning", settings.epochs, student, optimizer, (), settings.generator == "adversarial")
 
-    def _play(self, phase: str, epochs: int, student: nn.Module, optimizer: Optimizer, adversarial: bool) -> None:
-        settings, device = self.settings, self.task.device
+    def _play(
+        self, phase: str, epochs: int, student: nn.Module, optimizer: Optimizer, milestones: Milestones,
+        adversarial: bool,
+    ) -> None:  # fmt: skip
+        settings = self.settings
         steps = epochs * settings.iterations
-        decay = self._decay(optimizer, steps, from_scratch=phase != "fine-tuning")
-        self.generator.train(adversarial)
 
-        def step(_: int) -> dict[str, Tensor]:
-            with torch.set_grad_enabled(adversarial), mixed_precision(device, settings.bf16):
-                images = self.generator.sample(settings.batch).float()
-                target = self.task.teacher(images).float()
-            moves = {}
-            if adversarial:
-                with mixed_precision(device, settings.bf16):
-                    answer = student(images).float()
-                moves["generator"] = losses.dfqf_generator_loss(
-                    target, answer, probe, settings.alpha, settings.bn_weight, settings.adversarial_weight
-                )
-                descend(self.adam, moves["generator"])
-            with mixed_precision(device, settings.bf16):
-                answer = student(images.detach()).float()
-            loss = losses.distillation_loss(answer, target.detach())
-            descend(optimizer, loss)
-            decay.step()
-            return {"loss": loss, **moves}
+        def generator_loss(target: Tensor, answers: Answers) -> Tensor:
+            return losses.dfqf_generator_loss(
+                target, answers()[0], probe, settings.alpha, settings.bn_weight, settings.adversarial_weight
+            )
 
-        state: dict[str, Stateful] = {
-            "generator": self.generator, "adam": self.adam, "student": student, "optimizer": optimizer, "decay": decay
-        }  # fmt: skip
+        rules = Rules(
+            settings.batch, generator_loss if adversarial else None, losses.distillation_loss, bf16=settings.bf16
+        )
+        opponent = Player(student, optimizer, decayed(optimizer, settings.schedule, steps, milestones))
         with BatchNormProbe(self.task.teacher) as probe:
-            self.task.session.loop(phase, steps, step, state, partial(quantizer.check_steps, student))
-
-    def _decay(self, optimizer: Optimizer, steps: int, from_scratch: bool) -> LRScheduler:
-        if self.settings.schedule == "cosine":
-            return CosineAnnealingLR(optimizer, max(steps, 1))
-        return MultiStepLR(optimizer, [round(share * steps) for share in MILESTONES] if from_scratch else [])
+            play(self.task, phase, steps, [self.player], [opponent], rules)
 
     def images(self, count: int) -> Tensor:
         """Images from G in eval mode."""
         return synthesis.from_generator(self.generator, count)[0]
-
-
-def reinitialized(model: nn.Module) -> nn.Module:
-    """The tool student: the same architecture with new random weights and BatchNorm statistics, trainable.
-
-    Modules are asked to ``reset_parameters()``, as torch's own can; the values of any other parameter are shuffled,
-    which keeps their scale and forgets what they mean.
-    """
-    tool = copy.deepcopy(model).requires_grad_(True)
-    for module in tool.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-            continue
-        for parameter in module.parameters(recurse=False):
-            values = parameter.data.flatten()
-            parameter.data = values[torch.randperm(len(values)).to(values.device)].view_as(parameter)
-    return tool
