@@ -1,12 +1,14 @@
-"""Networks with known checkpoints: ResNet-8 for digits and the ResNets of He et al. for CIFAR-10.
+"""Networks by name: those with known checkpoints, and the architectures of the papers with random weights.
 
 >>> teacher = load_model("digits_resnet8")                      # bundled
 >>> teacher = load_model("cifar10_resnet20")                    # downloaded once, hash checked
 >>> teacher = load_model("cifar10_resnet20", checkpoint=path)   # a file you have
+>>> student = build("wrn_16_1", classes=100)                    # random weights
 
 A network of your own needs none of this: build it and call :func:`load_checkpoint`.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +22,11 @@ from torch import nn
 from dfqlib.checkpoints import load_checkpoint, normalize_sha256
 from dfqlib.data import CIFAR10_CLASSES, DIGIT_CLASSES, NORMALIZATION
 from dfqlib.errors import InputError
-from dfqlib.resnet import CifarResNet, ResNet8
+from dfqlib.networks import VGG, CifarResNet, LeNet5, MobileNetV2, ResNet8, ResNet18, ResNet34, WideResNet
 
-__all__ = ["CifarResNet", "ModelInfo", "ResNet8", "info", "load_checkpoint", "load_model", "names"]
+__all__ = [
+    "CifarResNet", "ModelInfo", "ResNet8", "architectures", "build", "info", "load_checkpoint", "load_model", "names",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,55 @@ def info(name: str) -> ModelInfo:
     for model in _MODELS:
         if model.name == name:
             return model
+    if name in architectures() or _WIDE_RESNET.fullmatch(name):
+        raise InputError(
+            f'arch="{name}" has no public weights here; with a checkpoint of yours: '
+            f'load_checkpoint(models.build("{name}", classes=...), checkpoint)'
+        )
     raise InputError(f'arch="{name}" is unknown; known are {", ".join(names())}')
+
+
+_ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
+    "lenet5": LeNet5,
+    "lenet5_half": partial(LeNet5, half=True),
+    "cifar_resnet18": ResNet18,
+    "cifar_resnet34": ResNet34,
+    **{f"cifar_resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56)},
+    **{f"vgg{depth}_bn": partial(VGG, depth) for depth in (11, 13, 16, 19)},
+    "mobilenet_v2": MobileNetV2,
+    **{f"wrn_{depth}_{width}": partial(WideResNet, depth, width) for depth in (16, 40) for width in (1, 2)},
+}
+_WIDE_RESNET = re.compile(r"wrn_(\d{1,4})_(\d{1,3})")
+
+
+def architectures() -> tuple[str, ...]:
+    """The names that :func:`build` knows; wide ResNets of every other depth and width it knows besides."""
+    return tuple(_ARCHITECTURES)
+
+
+def build(name: str, classes: int = 10) -> nn.Module:
+    """A network of the papers with random weights, to train, to distil into, or to load a checkpoint into.
+
+    LeNet-5 takes images of shape (1, 28, 28), all others (3, 32, 32). Options beyond the number of classes are
+    arguments of the classes in ``dfqlib.networks``.
+
+    Args:
+        name: one of :func:`architectures`, or "wrn_<depth>_<width>".
+        classes: number of classes, at least 2.
+
+    Raises:
+        InputError: unknown name, a wide ResNet of a depth that does not exist, or fewer than two classes.
+
+    Taught in notebook 05.
+    """
+    if classes < 2:
+        raise InputError(f"classes={classes} is too few to tell apart; give 2 or more")
+    wide = _WIDE_RESNET.fullmatch(name)
+    if wide:
+        return WideResNet(int(wide[1]), int(wide[2]), classes)
+    if name not in _ARCHITECTURES:
+        raise InputError(f'name="{name}" is unknown; known are {", ".join(architectures())}')
+    return _ARCHITECTURES[name](classes)
 
 
 def load_model(name: str, *, checkpoint: str | PathLike[str] | None = None, sha256: str | None = None) -> nn.Module:

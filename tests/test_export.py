@@ -20,8 +20,8 @@ from dfqlib.evaluate import predict
 from dfqlib.export import export_onnx, integer_network
 from dfqlib.export.verify import FLOAT_TORCH, float_network, load, verify_export
 from dfqlib.integer.layer import IntegerLayer
+from dfqlib.networks.resnet import CifarResNet
 from dfqlib.quantizer import QuantSpec, StepQuantizer, calibrate, quantize_layers, quantizers
-from dfqlib.resnet import CifarResNet
 
 Shape = tuple[int, int, int]
 

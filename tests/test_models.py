@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from dfqlib import checkpoints, models
 from dfqlib.data import image_folder, images_and_labels, load_data
 from dfqlib.errors import InputError, NonFiniteError
-from dfqlib.resnet import PaddedShortcut
+from dfqlib.networks.resnet import PaddedShortcut
 
 ASSETS = Path(models.__file__).with_name("assets")
 

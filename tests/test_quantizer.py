@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dfqlib import graph
 from dfqlib.errors import InputError
+from dfqlib.networks.resnet import CifarResNet
 from dfqlib.quantizer import (
     AffineQuantizer,
     QuantSpec,
@@ -25,7 +26,6 @@ from dfqlib.quantizer import (
     quantizers,
     set_mode,
 )
-from dfqlib.resnet import CifarResNet
 
 bits_and_sign = st.tuples(st.integers(2, 8), st.booleans())
 

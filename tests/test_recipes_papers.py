@@ -12,9 +12,9 @@ from dfqlib import losses, quantizer
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.evaluate import Batches
+from dfqlib.networks.resnet import ResNet, projection_shortcut
 from dfqlib.recipes import dfqf, gdfq, zeroq
 from dfqlib.recipes.base import Report, Task, descend, prepare_teacher
-from dfqlib.resnet import ResNet, projection_shortcut
 from dfqlib.training import Session
 
 SHAPE = (1, 16, 16)
@@ -317,7 +317,7 @@ def test_two_bits_come_back_without_data(teacher: nn.Module, digits: Batches, re
 
 
 def test_a_smaller_student_learns_digits_it_has_never_seen(teacher: nn.Module, digits: Batches) -> None:
-    student = ResNet(1, (6, 12, 24), 1, 10, projection_shortcut)
+    student = ResNet((1, 1, 1), (6, 12, 24), 1, 10, projection_shortcut)
     before = weights(student)
     report = dfqlib.distill(teacher, student, SHAPE, progress=False, distill_epochs=3, batch=32)
     assert dfqlib.evaluate(report.model, digits) > 20

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import dfqlib
 from dfqlib.errors import InputError, NonFiniteError
+from dfqlib.networks.resnet import ResNet8
 from dfqlib.quantizer import QuantSpec, calibrate, quantize_layers
-from dfqlib.resnet import ResNet8
 from dfqlib.saving import load_quantized, save_quantized
 from dfqlib.training import channels_last
 
