@@ -17,8 +17,9 @@ class VGG(nn.Module):
     The convolutions are configurations A, B, D and E of the paper's table 1. Its head of 4,096 units is for 224x224
     images; at 32x32 the literature has two others, and ``hidden`` chooses: two layers of 512 units with dropout
     (github.com/chengyangfu/pytorch-vgg-cifar10), or none, ``()`` (github.com/kuangliu/pytorch-cifar). Weights are
-    named as in these two. DFQF prints VGG-13/VGG-16 as 65.1 % of the parameters: two hidden layers give 65.17 %,
-    none 63.93 %; and as 73.4 % of the FLOPs: both give 72.9 % of the multiply-accumulates.
+    named as in these two. DFQF prints VGG-13/VGG-16 as 65.1 % of the parameters: two hidden layers give 65.17 %
+    (9.9 to 15.2 million, cut to one decimal, 65.1 %), none 63.93 %; and as 73.4 % of the FLOPs: both give 72.9 % of
+    the multiply-accumulates.
 
     Args:
         depth: 11, 13, 16 or 19 layers, counted with the paper's three linear ones.
