@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from dfqlib import quantizer
 from dfqlib.generators import Generator
-from dfqlib.recipes.base import Task, descend
+from dfqlib.recipes.base import Task, descend, make_optimizer
 from dfqlib.training import Stateful, channels_last, mixed_precision
 
 Answers = Callable[[], list[Tensor]]
@@ -23,13 +24,19 @@ StudentLoss = Callable[[Tensor, Tensor], Tensor]
 
 Milestones = tuple[float, ...]
 """Shares of a phase after which the learning rate is divided by ten."""
+MOMENTUM = 0.9
+DECAY = 5e-4
+
+
+Network = TypeVar("Network", bound=nn.Module, covariant=True)
+G = TypeVar("G", bound=Generator)
 
 
 @dataclass(frozen=True)
-class Player:
+class Player(Generic[Network]):
     """A network and what trains it; a schedule takes one step with each move."""
 
-    network: nn.Module
+    network: Network
     optimizer: Optimizer
     schedule: LRScheduler | None = None
 
@@ -48,8 +55,8 @@ class Rules:
         batch: images that a generator makes for a move.
         generator_loss: what generators descend; None leaves them as they are, in eval mode.
         student_loss: what students descend.
-        student_moves: moves of each student in a round. The only one takes the images that the generators have just
-            moved on; several take new ones.
+        student_moves: moves of each student in a round. The only move of the only student takes the images that the
+            generators have just moved on; of several, each takes new ones, so that no two students stay alike.
         bf16: compute in bfloat16 where the processor has it.
     """
 
@@ -61,8 +68,9 @@ class Rules:
 
 
 def play(
-    task: Task, phase: str, rounds: int, generators: Sequence[Player], students: Sequence[Player], rules: Rules
-) -> None:
+    task: Task, phase: str, rounds: int, generators: Sequence[Player[Generator]], students: Sequence[Player[nn.Module]],
+    rules: Rules,
+) -> None:  # fmt: skip
     """Rounds of one move of each generator, then ``rules.student_moves`` of each student; all in place.
 
     A student descends the mean of its loss over the generators. Without students the generators move alone.
@@ -70,22 +78,22 @@ def play(
     for player in generators:
         player.network.train(rules.generator_loss is not None)
 
-    def draw(player: Player, learn: bool) -> tuple[Tensor, Tensor]:
+    def draw(player: Player[Generator], learn: bool) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(learn), mixed_precision(task.device, rules.bf16):
-            images = player.network.sample(rules.batch).float()  # type: ignore[operator]
+            images = player.network.sample(rules.batch).float()
             return images, task.teacher(images).float()
 
-    def answer(student: Player, images: Tensor) -> Tensor:
+    def answer(student: Player[nn.Module], images: Tensor) -> Tensor:
         with mixed_precision(task.device, rules.bf16):
             return student.network(images).float()
 
-    def generator_move(player: Player, loss_of: GeneratorLoss) -> tuple[Tensor, Tensor, Tensor]:
+    def generator_move(player: Player[Generator], loss_of: GeneratorLoss) -> tuple[Tensor, Tensor, Tensor]:
         images, target = draw(player, learn=True)
         loss = loss_of(target, lambda: [answer(student, images) for student in students])
         player.descend(loss)
         return images.detach(), target.detach(), loss
 
-    def student_move(student: Player, made: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def student_move(student: Player[nn.Module], made: list[tuple[Tensor, Tensor]]) -> Tensor:
         loss = mean([rules.student_loss(answer(student, images), target) for images, target in made])
         student.descend(loss)
         return loss
@@ -96,7 +104,7 @@ def play(
             moves = [generator_move(player, rules.generator_loss) for player in generators]
             values["generator"] = mean([loss for _, _, loss in moves])
             made = [(images, target) for images, target, _ in moves]
-        spent = not made or rules.student_moves > 1
+        spent = not made or rules.student_moves * len(students) > 1
         found = []
         for _ in range(rules.student_moves):
             for student in students:
@@ -109,10 +117,27 @@ def play(
     task.session.loop(phase, rounds, one_round, state, lambda: _check(students))
 
 
-def trained_by_adam(task: Task, generator: Generator, lr: float) -> Player:
+def trained_by_adam(task: Task, generator: G, lr: float) -> Player[G]:
     """A generator on the task's device, at a constant learning rate."""
     channels_last(generator.to(task.device))
     return Player(generator, torch.optim.Adam(generator.parameters(), lr))
+
+
+def from_scratch(
+    student: nn.Module, lr: float, schedule: str, steps: int, milestones: Milestones, *, nesterov: bool = False
+) -> Player[nn.Module]:
+    """A student with random weights, in training mode, and the papers' SGD."""
+    sgd = torch.optim.SGD(student.train().parameters(), lr, MOMENTUM, weight_decay=DECAY, nesterov=nesterov)
+    return Player(student, sgd, decayed(sgd, schedule, steps, milestones))
+
+
+def quantized(
+    student: nn.Module, optimizer: str, lr: float, step_lr: float, schedule: str, steps: int, *, nesterov: bool = False
+) -> Player[nn.Module]:
+    """A calibrated student; its mode stays as it is, its steps train at the share ``step_lr`` of ``lr``."""
+    groups = quantizer.parameter_groups(student, lr, lr * step_lr)
+    descent = make_optimizer(optimizer, groups, lr, momentum=MOMENTUM, weight_decay=DECAY, nesterov=nesterov)
+    return Player(student, descent, decayed(descent, schedule, steps, ()))
 
 
 def decayed(optimizer: Optimizer, schedule: str, steps: int, milestones: Milestones) -> LRScheduler:
@@ -145,7 +170,7 @@ def reinitialized(model: nn.Module) -> nn.Module:
     return tool
 
 
-def _state(kind: str, players: Sequence[Player]) -> dict[str, Stateful]:
+def _state(kind: str, players: Sequence[Player[nn.Module]]) -> dict[str, Stateful]:
     state: dict[str, Stateful] = {}
     for index, player in enumerate(players):
         state |= {f"{kind} {index}": player.network, f"{kind} {index} optimizer": player.optimizer}
@@ -154,6 +179,6 @@ def _state(kind: str, players: Sequence[Player]) -> dict[str, Stateful]:
     return state
 
 
-def _check(students: Sequence[Player]) -> None:
+def _check(students: Sequence[Player[nn.Module]]) -> None:
     for player in students:
         quantizer.check_steps(player.network)

@@ -29,22 +29,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from dfqlib import losses, quantizer, synthesis
+from dfqlib import losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.generators import UnconditionalGenerator
-from dfqlib.recipes._duel import Answers, Milestones, Player, Rules, decayed, play, reinitialized, trained_by_adam
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings, make_optimizer
+from dfqlib.recipes._duel import Answers, Player, Rules, from_scratch, play, quantized, reinitialized, trained_by_adam
+from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
 from dfqlib.spec import QuantSpec
 
 NEEDS_BATCHNORM = True
 
 IMAGES = 256
 """How many images the ranges are set from, and how many the report shows."""
-MOMENTUM = 0.9
-DECAY = 5e-4
 MILESTONES = (0.4, 0.8)
 """Where the learning rate of a student trained from scratch is divided by ten, as shares of its epochs."""
 
@@ -155,33 +152,27 @@ class Players:
 
     def train_both(self, phase: str, student: nn.Module, epochs: int) -> None:
         """Algorithm 1: G and a student from scratch in turn, both in place."""
-        sgd = torch.optim.SGD(student.parameters(), self.settings.lr_s, momentum=MOMENTUM, weight_decay=DECAY)
-        self._play(phase, epochs, student.train(), sgd, MILESTONES, adversarial=True)
+        settings, steps = self.settings, epochs * self.settings.iterations
+        opponent = from_scratch(student, settings.lr_s, settings.schedule, steps, MILESTONES)
+        self._play(phase, steps, opponent, adversarial=True)
 
     def fine_tune(self, student: nn.Module) -> None:
         """Algorithm 2, last step: the calibrated student, in place, with G fixed or as its adversary."""
-        settings = self.settings
-        groups = quantizer.parameter_groups(student, settings.lr, settings.lr * settings.step_lr)
-        optimizer = make_optimizer(settings.optimizer, groups, settings.lr, momentum=MOMENTUM, weight_decay=DECAY)
+        settings, steps = self.settings, self.settings.epochs * self.settings.iterations
         student.train(settings.student_bn == "train")
-        self._play("fine-tuning", settings.epochs, student, optimizer, (), settings.generator == "adversarial")
+        opponent = quantized(student, settings.optimizer, settings.lr, settings.step_lr, settings.schedule, steps)
+        self._play("fine-tuning", steps, opponent, settings.generator == "adversarial")
 
-    def _play(
-        self, phase: str, epochs: int, student: nn.Module, optimizer: Optimizer, milestones: Milestones,
-        adversarial: bool,
-    ) -> None:  # fmt: skip
+    def _play(self, phase: str, steps: int, opponent: Player[nn.Module], adversarial: bool) -> None:
         settings = self.settings
-        steps = epochs * settings.iterations
 
         def generator_loss(target: Tensor, answers: Answers) -> Tensor:
             return losses.dfqf_generator_loss(
                 target, answers()[0], probe, settings.alpha, settings.bn_weight, settings.adversarial_weight
             )
 
-        rules = Rules(
-            settings.batch, generator_loss if adversarial else None, losses.distillation_loss, bf16=settings.bf16
-        )
-        opponent = Player(student, optimizer, decayed(optimizer, settings.schedule, steps, milestones))
+        moves = generator_loss if adversarial else None
+        rules = Rules(settings.batch, moves, losses.distillation_loss, bf16=settings.bf16)
         with BatchNormProbe(self.task.teacher) as probe:
             play(self.task, phase, steps, [self.player], [opponent], rules)
 
