@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from dfqlib import integer, models
+from dfqlib import folding, integer, models
 from dfqlib.checkpoints import read_file, require_fit
 from dfqlib.errors import InputError
 from dfqlib.quantizer import QuantSpec, quantize_layers, quantizers, set_mode
@@ -60,7 +60,8 @@ def save_quantized(
     path = Path(path)
     check_writable(path, "path")
     model, settings = (network, {}) if isinstance(network, nn.Module) else (network.model, network.settings)
-    spec = getattr(model, "meta", {}).get("spec")
+    meta = getattr(model, "meta", {})
+    spec, changes = meta.get("spec"), dict(meta.get("changes", {}))
     if not isinstance(spec, QuantSpec):
         raise InputError(f"network={type(model).__name__} has no quantizers; give what dfqlib.quantize returned")
     if any(quantizer.mode != "quantize" for _, quantizer in quantizers(model)):
@@ -68,12 +69,14 @@ def save_quantized(
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     if arch is not None:
         known = models.info(arch)
-        require_fit(weights, _rebuilt(known.build(), spec, weights).state_dict(), "network", f'arch="{arch}"')
+        rebuilt = _rebuilt(known.build(), changes, spec, weights)
+        require_fit(weights, rebuilt.state_dict(), "network", f'arch="{arch}"')
         mean, std, classes = mean or known.mean, std or known.std, classes or known.classes
     content = {
         "format": FORMAT,
         "version": VERSION,
         "arch": arch,
+        "changes": changes,
         "spec": dataclasses.asdict(spec),
         "mean": None if mean is None else list(mean),
         "std": None if std is None else list(std),
@@ -112,7 +115,7 @@ def load_quantized(path: str | PathLike[str], model: nn.Module | None = None) ->
         if content["arch"] is None:
             raise InputError(f"{what} is of an architecture of your own; pass model= with a network of it")
         model = models.info(content["arch"]).build()
-    network = _rebuilt(model, spec, weights).cpu()
+    network = _rebuilt(model, content.get("changes", {}), spec, weights).cpu()
     require_fit(weights, network.state_dict(), what, type(model).__name__)
     # Taking the tensors as they are keeps their memory layout too, on which the last bit of a convolution depends.
     network.load_state_dict(weights, assign=True)
@@ -121,9 +124,14 @@ def load_quantized(path: str | PathLike[str], model: nn.Module | None = None) ->
     return network.eval().requires_grad_(False)
 
 
-def _rebuilt(model: nn.Module, spec: QuantSpec, weights: Mapping[str, Tensor]) -> fx.GraphModule:
-    """The quantized network that ``weights`` are of, with the grids of ``integer.prepare`` where they have some."""
-    network = quantize_layers(model, spec)
+def _rebuilt(
+    model: nn.Module, changes: Mapping[str, Any], spec: QuantSpec, weights: Mapping[str, Tensor]
+) -> fx.GraphModule:
+    """The quantized network that ``weights`` are of: the architecture of ``model`` with what a recipe changed in it,
+    quantizers, and the grids of ``integer.prepare`` where the weights have some.
+    """
+    network = quantize_layers(folding.rebuild(model, changes), spec)
+    network.meta["changes"] = dict(changes)
     set_mode(network, "quantize")
     if any(name.startswith(integer.PREFIX) for name in weights):
         integer.attach(network)
