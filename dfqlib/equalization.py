@@ -93,14 +93,15 @@ def _keeps_channels(node: fx.Node) -> bool:
     if kind in ("view", "reshape"):
         return len(given) == 2 and not isinstance(given[0], tuple)
     start = given[0] if given else node.kwargs.get("start_dim", 0)
-    return start == 1 and len(given) < 2 and "end_dim" not in node.kwargs
+    return bool(start == 1) and len(given) < 2 and "end_dim" not in node.kwargs
 
 
 def _pads(node: fx.Node) -> bool:
     """Whether a pooling averages over padding; a maximum over padding is one without."""
     kind = graph.operation(node)
     if kind is nn.AvgPool2d:
-        return getattr(graph.module_of(node), "padding", 0) not in (0, (0, 0))
+        pool: Any = graph.module_of(node)
+        return pool.padding not in (0, (0, 0))
     return kind is F.avg_pool2d and ("padding" in node.kwargs or len(node.args) > 3)
 
 
@@ -189,7 +190,7 @@ def _steps(pairs: list[Pair]) -> Iterator[tuple[Pair, Pair | None]]:
 
 
 def _is_depthwise(layer: Layer) -> bool:
-    return layer.groups == layer.channels > 1 and layer.module.in_channels == layer.groups
+    return layer.groups > 1 and layer.channels == layer.groups == int(layer.module.in_channels)
 
 
 def _scale(folded: Folded, pair: Pair, scale: Tensor) -> None:

@@ -61,6 +61,7 @@ class Layer:
         own = self.module.weight.new_zeros(self.channels) if self.module.bias is None else self.module.bias.detach()
         return own if self.norm is None else own - self.norm.running_mean
 
+    @torch.no_grad()
     def scale_outputs(self, factors: Tensor) -> None:
         """Multiply what a layer with its BatchNorm folded puts out by ``factors``, (channels,), in place."""
         self.module.weight.mul_(_against(factors, self.module.weight))
@@ -68,6 +69,7 @@ class Layer:
             if bias is not None:
                 bias.mul_(factors)
 
+    @torch.no_grad()
     def scale_inputs(self, factors: Tensor) -> None:
         """Multiply the weights that read input channel c by ``factors[c]``, (input channels,), in place."""
         weight = self.module.weight

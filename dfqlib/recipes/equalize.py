@@ -47,7 +47,7 @@ class Settings:
         correction: E[x] of the bias correction from BatchNorm "statistics" or the "images", or "none". Not done
             after AdaRound, whose reconstruction has taken the mean error away with the rest.
         bias_bits: width of biases, 16 or 32.
-        rounding: "nearest" or "adaround".
+        rounding: "nearest" or "adaround", which wants ``synthesis_steps``: noise tells it little about the network.
         rounding_steps: AdaRound's steps per layer.
         images: how many there are, to measure what statistics do not tell, for AdaRound and for export.
         synthesis_steps: 0 leaves them Gaussian noise; more optimize them to the BatchNorm statistics as express does.
