@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.generators import Generator
@@ -19,6 +19,7 @@ Losses = Mapping[str, Tensor]
 Objective = Callable[[Tensor, Tensor, BatchNormProbe, Tensor], Losses]
 """(images, the teacher's logits, its probe, labels) -> losses by name, of which "loss" is minimized."""
 Schedule = LRScheduler | ReduceLROnPlateau
+MakeOptimizer = Callable[[list[nn.Parameter]], tuple[Optimizer, Schedule]]
 
 
 class _Canvas(nn.Module):
@@ -34,11 +35,12 @@ def from_noise(
     labels: Tensor,
     image_shape: tuple[int, int, int],
     objective: Objective,
-    optimizer: Callable[[list[nn.Parameter]], tuple[Optimizer, Schedule]],
+    optimizer: MakeOptimizer,
     steps: int,
     session: Session,
     *,
     batch: int = 256,
+    first_batch: int = 0,
     augment: Callable[[Tensor], Tensor] | None = None,
     bf16: bool = False,
 ) -> Tensor:
@@ -53,6 +55,7 @@ def from_noise(
         steps: optimization steps for each batch.
         session: progress, history, checkpoint.
         batch: images optimized together; BatchNorm statistics are matched over the batch.
+        first_batch: number of the first batch: a run that makes images again goes on counting, for other noise.
         augment: random change of the images before the teacher sees them, such as ``shift_and_flip``.
         bf16: run the teacher in bfloat16 where the processor has it: about twice as fast.
 
@@ -63,8 +66,9 @@ def from_noise(
     """
     parts = labels.split(batch)
     made = []
-    for index, part in enumerate(parts):
-        phase = "synthesis" if len(parts) == 1 else f"synthesis {index + 1}/{len(parts)}"
+    last = first_batch + len(parts)
+    for index, part in enumerate(parts, first_batch):
+        phase = "synthesis" if last == 1 else f"synthesis {index + 1}/{last}"
         torch.manual_seed(session.seed + index)
         noise = torch.randn(len(part), *image_shape).to(part.device)
         canvas = _Canvas(noise.contiguous(memory_format=torch.channels_last))
@@ -92,6 +96,28 @@ def _descend(losses: Callable[[], Losses], optimizer: Optimizer, schedule: Sched
     else:
         schedule.step()
     return values
+
+
+def adam(lr: float, cosine_steps: int | None = None) -> MakeOptimizer:
+    """Adam, with a learning rate that falls to zero along a cosine of that many steps, or with a constant one."""
+
+    def make(pixels: list[nn.Parameter]) -> tuple[Optimizer, Schedule]:
+        chosen = torch.optim.Adam(pixels, lr)
+        if cosine_steps is None:
+            return chosen, ConstantLR(chosen, factor=1.0)
+        return chosen, CosineAnnealingLR(chosen, max(cosine_steps, 1))
+
+    return make
+
+
+def adam_on_plateaus(lr: float, patience: int) -> MakeOptimizer:
+    """Adam whose learning rate is divided by ten once the loss has not improved for ``patience`` steps (ZeroQ)."""
+
+    def make(pixels: list[nn.Parameter]) -> tuple[Optimizer, Schedule]:
+        chosen = torch.optim.Adam(pixels, lr)
+        return chosen, ReduceLROnPlateau(chosen, patience=patience)
+
+    return make
 
 
 def shift_and_flip(images: Tensor, shift: int = 2, flip: bool = True) -> Tensor:

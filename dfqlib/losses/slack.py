@@ -104,10 +104,11 @@ def layerwise_enhancement(probe: BatchNormProbe, margins: Sequence[SlackMargin])
     """DSG's statistics term with another focus for each image: image n weights layer n twice.
 
     Computes ``(1/N) 1^T (I + 1 1^T) L``, with the slack loss of each of the N layers on the statistics of
-    each image alone: ``(1/N) sum_n (sum_l L_nl + L_nn)``. It needs one image for each BatchNorm layer.
+    each image alone: ``(1/N) sum_n (sum_l L_nl + L_nn)``. It needs one image for each BatchNorm layer; of a
+    multiple, every N images are such a batch, and the losses add: no image feels the others.
 
     Args:
-        probe: a probe that has seen a forward pass of a batch as large as the number of BatchNorm layers.
+        probe: a probe that has seen a forward pass of as many images as there are BatchNorm layers, or a multiple.
         margins: what ``slack_margins`` measured for the same network.
 
     Returns:
@@ -120,10 +121,11 @@ def layerwise_enhancement(probe: BatchNormProbe, margins: Sequence[SlackMargin])
     """
     pairs = _pairs(probe, margins)
     batch = len(pairs[0][0].input)
-    if batch != len(pairs):
+    if batch % len(pairs):
         raise InputError(f"batch of {batch} images: layerwise enhancement needs one for each of {len(pairs)} layers")
     losses = torch.stack([_slack_gap(layer, margin, per_sample=True) for layer, margin in pairs], dim=1)
-    return (losses.sum() + losses.diagonal().sum()) / len(pairs)
+    own = losses.view(-1, len(pairs), len(pairs)).diagonal(dim1=1, dim2=2)
+    return (losses.sum() + own.sum()) / len(pairs)
 
 
 def _pairs(probe: BatchNormProbe, margins: Sequence[SlackMargin]) -> list[tuple[LayerInput, SlackMargin]]:

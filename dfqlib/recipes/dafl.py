@@ -99,7 +99,7 @@ class Settings:
 
 BUDGETS = {
     "quick": Settings(
-        distill_epochs=16, warm_up_epochs=5, epochs=9, iterations=25, batch=64, lr_g=0.005, lr=5e-4, optimizer="adam",
+        distill_epochs=16, warm_up_epochs=5, epochs=9, iterations=25, batch=64, lr_g=0.005, optimizer="adam",
         schedule="cosine", bf16=True,
     ),
     "published": Settings(),

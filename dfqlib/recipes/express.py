@@ -13,7 +13,6 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,15 +85,12 @@ def synthesize(task: Task, settings: Settings) -> Tensor:
         statistics, label = losses.bn_norm_loss(probe), F.cross_entropy(logits, labels)
         return {"loss": statistics + settings.label_weight * label, "bn": statistics, "label": label}
 
-    def optimizer(pixels: list[nn.Parameter]) -> tuple[torch.optim.Optimizer, synthesis.Schedule]:
-        adam = torch.optim.Adam(pixels, settings.synthesis_lr)
-        return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, settings.synthesis_steps)
-
     labels = synthesis.balanced_labels(settings.images, task.classes, task.device)
     augment = partial(synthesis.shift_and_flip, shift=settings.shift, flip=settings.flip)
     return synthesis.from_noise(
-        task.teacher, labels, task.image_shape, objective, optimizer, settings.synthesis_steps, task.session,
-        batch=settings.images, augment=augment, bf16=settings.bf16,
+        task.teacher, labels, task.image_shape, objective,
+        synthesis.adam(settings.synthesis_lr, settings.synthesis_steps), settings.synthesis_steps,
+        task.session, batch=settings.images, augment=augment, bf16=settings.bf16,
     )  # fmt: skip
 
 

@@ -17,9 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch import Tensor
 
 from dfqlib import losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
@@ -71,12 +69,9 @@ def distilled_data(task: Task, settings: Settings) -> Tensor:
     def objective(images: Tensor, _: Tensor, probe: BatchNormProbe, __: Tensor) -> dict[str, Tensor]:
         return {"loss": losses.zeroq_loss(probe, images)}
 
-    def optimizer(pixels: list[nn.Parameter]) -> tuple[torch.optim.Optimizer, synthesis.Schedule]:
-        adam = torch.optim.Adam(pixels, settings.lr)
-        return adam, ReduceLROnPlateau(adam, patience=settings.patience)
-
     unused_labels = synthesis.balanced_labels(settings.images, task.classes, task.device)
     return synthesis.from_noise(
-        task.teacher, unused_labels, task.image_shape, objective, optimizer, settings.iterations, task.session,
+        task.teacher, unused_labels, task.image_shape, objective,
+        synthesis.adam_on_plateaus(settings.lr, settings.patience), settings.iterations, task.session,
         batch=settings.images, bf16=settings.bf16,
     )  # fmt: skip

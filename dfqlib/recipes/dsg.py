@@ -1,0 +1,143 @@
+"""DSG (Zhang et al., CVPR 2021; Qin et al., journal version): images kept diverse, for any calibration.
+
+Images that all match the stored statistics exactly are all alike. DSG lets them differ, twice:
+
+1. *Slack.* A statistic may be off by a margin for nothing, ``sum_l ||max(|mu_hat - mu| - delta_l, 0)||^2 +
+   ||max(|sigma_hat - sigma| - gamma_l, 0)||^2``. The margins are the 0.9 percentile of the same gaps on 1,024 Gaussian
+   inputs.
+2. *Layerwise enhancement.* Of as many images as there are BatchNorm layers, N, image n weights layer n twice:
+   ``(1/N) 1^T (I + 1 1^T) L``, with L the slack losses of each image alone in each layer.
+
+The images then serve what the user wants: ranges alone (ZeroQ's way, the CVPR paper), rounding, or fine-tuning.
+
+Where the released code differs: for fine-tuning it takes ``max(|gap - delta|, 0)``, where the absolute value cancels
+the slack, so that even a gap of zero costs; here it is the paper's form throughout. Fine-tuning is express's, not the
+generator of the journal version.
+
+Taught in notebook 05.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dfqlib import losses, synthesis
+from dfqlib.batchnorm import BatchNormProbe
+from dfqlib.errors import InputError
+from dfqlib.losses import SlackMargin
+from dfqlib.recipes import _tuning
+from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
+from dfqlib.spec import QuantSpec
+
+NEEDS_BATCHNORM = True
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of DSG; synthesis is ZeroQ's, as in the paper.
+
+    ``budget="quick"`` deviates so that minutes suffice: 300 iterations on the pixels and 300 of fine-tuning.
+
+    Attributes:
+        images: synthetic images.
+        slack: off, every margin is zero.
+        enhancement: off, statistics are those of all images of a batch together.
+        epsilon: percentile of the Gaussian inputs' gaps that is the margin.
+        gaussian_images: how many Gaussian inputs.
+        iterations: Adam steps on the pixels of each batch.
+        synthesis_lr: their learning rate, divided by ten whenever the loss has not improved for ``patience`` steps.
+        patience: see ``synthesis_lr``.
+        synthesis_batch: images optimized together, at most; with enhancement, the largest multiple of the number of
+            BatchNorm layers in it.
+        then: "calibrate" only sets the ranges, "fine-tune" goes on with the settings below.
+        clip: how step quantizers find their clip threshold, one of ``clipping.METHODS``.
+        steps: fine-tuning steps of ``batch`` images.
+        lr: peak learning rate of Adam's one cycle at 4 bits, doubled with each bit fewer.
+        step_lr: learning rate of the steps as a share of ``lr``.
+        temperature: of the distillation loss.
+        cutmix: share of fine-tuning batches in which a box of each image comes from another.
+        shift: largest random shift in pixels; flip: random mirroring; both in fine-tuning.
+        bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
+    """
+
+    images: int = 1024
+    slack: bool = True
+    enhancement: bool = True
+    epsilon: float = 0.9
+    gaussian_images: int = 1024
+    iterations: int = 500
+    synthesis_lr: float = 0.5
+    patience: int = 100
+    synthesis_batch: int = 256
+    then: Literal["calibrate", "fine-tune"] = "fine-tune"
+    clip: Literal["max", "mse", "aciq", "kl"] = "mse"
+    steps: int = 4000
+    batch: int = 64
+    lr: float = 2e-4
+    step_lr: float = 0.1
+    temperature: float = 4.0
+    cutmix: float = 1.0
+    shift: int = 2
+    flip: bool = True
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(
+            self, images=(1, math.inf), epsilon=(0, 1), gaussian_images=(1, math.inf), iterations=(0, math.inf),
+            synthesis_lr=(0, math.inf), patience=(0, math.inf), synthesis_batch=(1, math.inf), **_tuning.RULES,
+        )  # fmt: skip
+
+
+BUDGETS = {"quick": Settings(images=192, iterations=300, steps=300, bf16=True), "published": Settings()}
+
+
+def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
+    """Margins, images, ranges, and what comes then."""
+    images = diverse_images(task, settings, margins(task, settings))
+    calibrated = calibrated_student(task, spec, images, method=settings.clip)
+    if settings.then == "calibrate":
+        return Outcome(calibrated, images, calibrated)
+    student = copy.deepcopy(calibrated)
+    _tuning.fine_tune(task, student, images, settings, _tuning.peak_lr(settings.lr, spec))
+    return Outcome(student, images, calibrated)
+
+
+def margins(task: Task, settings: Settings) -> list[SlackMargin]:
+    """One for each BatchNorm layer; all zero without slack."""
+    torch.manual_seed(task.session.seed)
+    measured = losses.slack_margins(task.teacher, task.image_shape, settings.epsilon, settings.gaussian_images)
+    return measured if settings.slack else [SlackMargin(0.0, 0.0)] * len(measured)
+
+
+def diverse_images(task: Task, settings: Settings, margins: list[SlackMargin]) -> Tensor:
+    """Images whose statistics are within the margins, shape (images, C, H, W)."""
+    count, batch = _counts(settings, len(margins))
+    term = losses.layerwise_enhancement if settings.enhancement else losses.slack_bn_loss
+
+    def objective(_: Tensor, __: Tensor, probe: BatchNormProbe, ___: Tensor) -> dict[str, Tensor]:
+        return {"loss": term(probe, margins)}
+
+    unused_labels = synthesis.balanced_labels(count, task.classes, task.device)
+    made = synthesis.from_noise(
+        task.teacher, unused_labels, task.image_shape, objective,
+        synthesis.adam_on_plateaus(settings.synthesis_lr, settings.patience), settings.iterations, task.session,
+        batch=batch, bf16=settings.bf16,
+    )  # fmt: skip
+    return made[: settings.images]
+
+
+def _counts(settings: Settings, layers: int) -> tuple[int, int]:
+    """How many images to make and how many at once: with enhancement, multiples of the number of layers."""
+    if not settings.enhancement:
+        return settings.images, settings.synthesis_batch
+    for name in ("images", "synthesis_batch"):
+        if getattr(settings, name) < layers:
+            raise InputError(
+                f"{name}={getattr(settings, name)} is less than the {layers} BatchNorm layers of this network, and "
+                f"enhancement=True needs an image for each; take at least {layers}, or enhancement=False"
+            )
+    return math.ceil(settings.images / layers) * layers, settings.synthesis_batch // layers * layers
