@@ -29,6 +29,8 @@ POOLS |= {nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2
 SAME: graph.Operations = {nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, "contiguous"}
 FLATTENS: graph.Operations = {nn.Flatten, torch.flatten, "flatten", "view", "reshape", *MEANS}
 SIZES: graph.Operations = {getattr, "size", "dim"}
+DEAD = 1e-5
+"""Share of a layer's largest range below which a channel is dead: no width that is used here could tell it from 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,20 +127,19 @@ def pair_scales(first: Tensor, second: Tensor) -> Tensor:
         second: ranges of the second layer's input channels, (channels,).
 
     Returns:
-        (channels,), 1 where a range is 0.
+        (channels,), 1 for a dead channel: raising its weights from next to nothing would raise its bias as much.
     """
-    return _or_one((first * second).sqrt() / second)
+    return torch.where(_alive(first, second), (first * second).sqrt() / second, 1.0)
 
 
 def triple_scales(first: Tensor, depthwise: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales on both sides of a depthwise layer that leave all three with the range ``(r1 r2 r3)^(1/3)``."""
-    root = (first * depthwise * last) ** (1 / 3)
-    dead = ~((root > 0) & torch.isfinite(root))
-    return _or_one((first / root).masked_fill(dead, 1.0)), _or_one((root / last).masked_fill(dead, 1.0))
+    """Scales before and after a depthwise layer that leave all three layers with the range ``(r1 r2 r3)^(1/3)``."""
+    alive, root = _alive(first, depthwise, last), (first * depthwise * last) ** (1 / 3)
+    return torch.where(alive, first / root, 1.0), torch.where(alive, root / last, 1.0)
 
 
-def _or_one(scales: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(scales) & (scales > 0), scales, 1.0)
+def _alive(*ranges: Tensor) -> Tensor:
+    return torch.stack([r > DEAD * r.max() for r in ranges]).all(0)
 
 
 @torch.no_grad()

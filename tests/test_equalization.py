@@ -171,6 +171,14 @@ def test_equalization_by_hand() -> None:
     assert folded.layers["2"].module.weight.flatten().tolist() == [2.0, 0.5]
 
 
+def test_a_dead_channel_is_not_blown_up() -> None:
+    """Its weights are next to nothing and its bias is not: dividing both by a tiny scale would ruin the range."""
+    folded = fold(chain(4.0, 1e-12))
+    folded.layers["0"].module.bias.data.fill_(1.0)
+    equalize(folded)
+    assert folded.layers["0"].bias().tolist() == [0.5, 1.0]
+
+
 def test_statistics_follow_the_scales() -> None:
     model = trained(Separable(), spread=2.0)
     folded = fold(model)

@@ -88,10 +88,10 @@ def test_the_papers_settings_lose_nothing_at_eight_bits(teacher: nn.Module, digi
     report = equalized(teacher, "w8a8", budget="published")
     assert dfqlib.evaluate(report.model, digits) > dfqlib.evaluate(teacher, digits) - 0.3
     ranges = dict(quantizer.quantizers(report.model))
-    norm: Any = teacher.get_submodule("bn1")
+    state = teacher.state_dict()
     relu = ranges["quantize_relu"]
     assert isinstance(relu, StepQuantizer)
-    assert float(relu.step * relu.qmax) == pytest.approx(float((norm.bias + 6 * norm.weight.abs()).max()), rel=1e-4)
+    assert float(relu.step * relu.qmax) == pytest.approx(float((state["bn1.bias"] + 6 * state["bn1.weight"].abs()).max()), rel=1e-4)
 
 
 @pytest.mark.parametrize(
