@@ -99,7 +99,8 @@ def adaround(
         session: progress, history and resuming; None for a silent run that leaves the random state as it was.
 
     Returns:
-        By layer, the mean squared error of its output with the weights rounded to nearest, and with those chosen.
+        By layer, the mean squared error of its output with the weights rounded to nearest, and with those chosen: the
+        trained rounding, or to nearest where a schedule too short did not beat it.
 
     Raises:
         InputError: no images, or weights that have two bounds instead of a step.

@@ -91,7 +91,9 @@ def test_the_papers_settings_lose_nothing_at_eight_bits(teacher: nn.Module, digi
     state = teacher.state_dict()
     relu = ranges["quantize_relu"]
     assert isinstance(relu, StepQuantizer)
-    assert float(relu.step * relu.qmax) == pytest.approx(float((state["bn1.bias"] + 6 * state["bn1.weight"].abs()).max()), rel=1e-4)
+    assert float(relu.step * relu.qmax) == pytest.approx(
+        float((state["bn1.bias"] + 6 * state["bn1.weight"].abs()).max()), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(
