@@ -20,12 +20,12 @@ Taught in notebook 05.
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dfqlib import losses, synthesis
+from dfqlib import graph, losses, rounding, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.losses import SlackMargin
@@ -40,7 +40,8 @@ NEEDS_BATCHNORM = True
 class Settings:
     """Settings of DSG; synthesis is ZeroQ's, as in the paper.
 
-    ``budget="quick"`` deviates so that minutes suffice: 300 iterations on the pixels and 300 of fine-tuning.
+    ``budget="quick"`` deviates so that minutes suffice: 300 iterations on the pixels of 192
+    images, 300 of fine-tuning or 200 for the rounding of each layer.
 
     Attributes:
         images: synthetic images.
@@ -53,7 +54,9 @@ class Settings:
         patience: see ``synthesis_lr``.
         synthesis_batch: images optimized together, at most; with enhancement, the largest multiple of the number of
             BatchNorm layers in it.
-        then: "calibrate" only sets the ranges, "fine-tune" goes on with the settings below.
+        then: "calibrate" only sets the ranges; "adaround" also chooses each weight's rounding; "fine-tune" goes on with
+            the settings below.
+        rounding_steps: of AdaRound, for each layer; 10,000 in its paper.
         clip: how step quantizers find their clip threshold, one of ``clipping.METHODS``.
         steps: fine-tuning steps of ``batch`` images.
         lr: peak learning rate of Adam's one cycle at 4 bits, doubled with each bit fewer.
@@ -73,7 +76,8 @@ class Settings:
     synthesis_lr: float = 0.5
     patience: int = 100
     synthesis_batch: int = 256
-    then: Literal["calibrate", "fine-tune"] = "fine-tune"
+    then: Literal["calibrate", "adaround", "fine-tune"] = "fine-tune"
+    rounding_steps: int = 10_000
     clip: Literal["max", "mse", "aciq", "kl"] = "mse"
     steps: int = 4000
     batch: int = 64
@@ -88,11 +92,15 @@ class Settings:
     def __post_init__(self) -> None:
         check_settings(
             self, images=(1, math.inf), epsilon=(0, 1), gaussian_images=(1, math.inf), iterations=(0, math.inf),
-            synthesis_lr=(0, math.inf), patience=(0, math.inf), synthesis_batch=(1, math.inf), **_tuning.RULES,
+            synthesis_lr=(0, math.inf), patience=(0, math.inf), synthesis_batch=(1, math.inf),
+            rounding_steps=(1, math.inf), **_tuning.RULES,
         )  # fmt: skip
 
 
-BUDGETS = {"quick": Settings(images=192, iterations=300, steps=300, bf16=True), "published": Settings()}
+BUDGETS = {
+    "quick": Settings(images=192, iterations=300, rounding_steps=200, steps=300, bf16=True),
+    "published": Settings(),
+}
 
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
@@ -101,8 +109,13 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     calibrated = calibrated_student(task, spec, images, method=settings.clip)
     if settings.then == "calibrate":
         return Outcome(calibrated, images, calibrated)
-    student = copy.deepcopy(calibrated)
-    _tuning.fine_tune(task, student, images, settings, _tuning.peak_lr(settings.lr, spec))
+    student: Any = copy.deepcopy(calibrated)
+    if settings.then == "adaround":
+        rounding.adaround(
+            student, graph.trace(task.teacher)[0], images, steps=settings.rounding_steps, session=task.session
+        )
+    else:
+        _tuning.fine_tune(task, student, images, settings, _tuning.peak_lr(settings.lr, spec))
     return Outcome(student, images, calibrated)
 
 

@@ -1,0 +1,365 @@
+"""The papers' recipes do what their algorithm boxes say: DSG, DeepInversion, DAFL, DFAD, AKD."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dfqlib
+from dfqlib import batchnorm, losses, quantizer, recipes
+from dfqlib.batchnorm import BatchNormProbe
+from dfqlib.errors import InputError
+from dfqlib.evaluate import Batches
+from dfqlib.generators import AkdGenerator, UnconditionalGenerator
+from dfqlib.losses import SlackMargin
+from dfqlib.recipes import _duel, akd, dafl, deepinversion, dfad, dsg
+from dfqlib.recipes._duel import Answers, Player, Rules
+from dfqlib.recipes.base import Report, Task, prepare_teacher
+from dfqlib.training import Session
+
+SHAPE = (1, 16, 16)
+GENERATOR = {"warm_up_epochs": 1, "epochs": 1, "distill_epochs": 1, "iterations": 2, "batch": 4, "latent": 16}
+SHORT: dict[str, dict[str, Any]] = {
+    "dsg": {"images": 9, "gaussian_images": 8, "iterations": 2, "steps": 2, "batch": 4},
+    "deepinversion": {"images": 4, "synthesis_batch": 4, "synthesis_steps": 2, "steps": 2, "distill_steps": 2},
+    "dafl": GENERATOR,
+    "dfad": {**GENERATOR, "student_steps": 2},
+    "akd": {**{k: v for k, v in GENERATOR.items() if k != "distill_epochs"}, "student_steps": 2},
+}  # fmt: skip
+
+
+class Plain(nn.Module):
+    """A classifier of the digits' shape without BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.head = nn.Conv2d(1, 4, 3, stride=4), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.convolution(x)).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    return dfqlib.load_model("digits_resnet8")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Batches:
+    return dfqlib.load_data("digits")
+
+
+@pytest.fixture
+def task(teacher: nn.Module) -> Task:
+    frozen, classes = prepare_teacher(teacher, SHAPE, torch.device("cpu"))
+    return Task(frozen, SHAPE, classes, Session(progress=False))
+
+
+def short(teacher: nn.Module, recipe: str, bits: Any = "w4a4", **changes: Any) -> Report:
+    settings = {**SHORT[recipe], **changes}
+    return dfqlib.quantize(teacher, SHAPE, bits, recipe=recipe, progress=False, **settings)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# What holds of each recipe
+
+
+@pytest.mark.parametrize("recipe", SHORT)
+def test_a_seed_repeats_every_bit_and_the_model_passed_in_stays(teacher: nn.Module, recipe: str) -> None:
+    before = weights(teacher)
+    first, again, other = (short(teacher, recipe, seed=seed) for seed in (3, 3, 4))
+    assert same(weights(first.model), weights(again.model))
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
+    assert same(weights(teacher), before)
+    assert first.calibrated is not None
+    assert not same(weights(first.model), weights(first.calibrated))
+
+
+@pytest.mark.parametrize("recipe", ["deepinversion", "dafl", "dfad", "akd"])
+def test_distillation_trains_a_copy_of_the_student(teacher: nn.Module, recipe: str) -> None:
+    student = Plain()
+    before = weights(student)
+    report = dfqlib.distill(teacher, student, SHAPE, recipe=recipe, progress=False, **SHORT[recipe])
+    assert same(weights(student), before)
+    assert not same(weights(report.model), before)
+    assert report.calibrated is None
+
+
+def test_recipes_that_need_no_batchnorm_are_those_an_error_names() -> None:
+    modules = {name: importlib.import_module(f"dfqlib.recipes.{name}") for name in recipes.names()}
+    needless = {name for name, module in modules.items() if not module.NEEDS_BATCHNORM}
+    assert needless == set(batchnorm.RECIPES_WITHOUT_BATCHNORM)
+    for recipe in ("dafl", "dfad"):
+        assert short(Plain(), recipe).images.shape[1:] == SHAPE
+    for recipe in ("dsg", "deepinversion", "akd"):
+        with pytest.raises(InputError, match="'dafl', 'dfad'"):
+            short(Plain(), recipe)
+
+
+def test_helpers_of_recipes_are_no_recipes() -> None:
+    assert not [name for name in recipes.names() if name.startswith("_") or name == "base"]
+    assert set(SHORT) <= set(recipes.names())
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "field"),
+    [
+        (akd.Settings, {"students": 0}, "students=0"),
+        (akd.Settings, {"generators": 0}, "generators=0"),
+        (akd.Settings, {"iterations": 15}, "iterations=15"),
+        (akd.Settings, {"alpha": 0.0}, "alpha=0"),
+        (dafl.Settings, {"one_hot_weight": 0, "balance_weight": 0, "activation_weight": 0}, "one_hot_weight=0"),
+        (dafl.Settings, {"variant": "code"}, "variant='code'"),
+        (dfad.Settings, {"student_steps": 0}, "student_steps=0"),
+        (dsg.Settings, {"epsilon": 90}, "epsilon=90"),
+        (dsg.Settings, {"then": "pray"}, "then='pray'"),
+        (deepinversion.Settings, {"rounds": 0}, "rounds=0"),
+        (deepinversion.Settings, {"steps": 0}, "competition_weight=10"),
+        (deepinversion.Settings, {"cutmix": 2.0}, "cutmix=2"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(settings: Any, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(InputError, match=field):
+        settings(**changes)
+
+
+def test_published_schedules_are_the_papers() -> None:
+    ours = [m.BUDGETS["published"] for m in (dsg, deepinversion, dafl, dfad, akd)]  # type: ignore[attr-defined]
+    slack, inversion, chen, fang, choi = ours
+    assert (slack.epsilon, slack.gaussian_images, slack.iterations) == (0.9, 1024, 500)
+    assert (inversion.r, inversion.tau, inversion.synthesis_steps, inversion.synthesis_lr) == (10, 3, 2000, 0.05)
+    assert (chen.one_hot_weight, chen.balance_weight, chen.activation_weight) == (0.05, 5, 0.01)
+    assert (fang.student_steps, fang.distill_epochs, fang.lr_g, fang.lr_s) == (5, 500, 1e-3, 0.1)
+    assert (choi.alpha, choi.student_steps, choi.batch, choi.latent) == (0.01, 10, 256, 512)
+    assert (choi.warm_up_epochs, choi.epochs, choi.iterations) == (50, 200, 400)
+
+
+# The duel
+
+
+def test_students_descend_the_mean_over_generators_and_generators_move_once_a_round(task: Task) -> None:
+    generators = [_duel.trained_by_adam(task, UnconditionalGenerator(SHAPE, 8), 1e-3) for _ in range(2)]
+    student = Player[nn.Module](Plain(), torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1))
+    moves: list[str] = []
+
+    def generator_loss(target: Tensor, answers: Answers) -> Tensor:
+        moves.append("G")
+        return losses.dfad_loss(answers()[0], target)
+
+    def student_loss(answer: Tensor, target: Tensor) -> Tensor:
+        moves.append("S")
+        return answer.sum() * 0 + len(moves)
+
+    held = Player[nn.Module](student.network, torch.optim.SGD(student.network.parameters(), 0.0))
+    _duel.play(task, "duel", 1, generators, [held], Rules(4, generator_loss, student_loss, student_moves=3))
+    assert moves == ["G"] * 2 + ["S"] * 6  # two generators' images in each of three moves
+    assert task.session.history[-1]["loss"] == pytest.approx((3.5 + 5.5 + 7.5) / 3)
+
+
+def test_only_the_single_move_of_a_single_student_takes_the_generators_own_images(task: Task) -> None:
+    def seen(students: int, student_moves: int) -> int:
+        images: list[Tensor] = []
+
+        class Watching(Plain):
+            def forward(self, x: Tensor) -> Tensor:
+                images.append(x.detach().clone())
+                return super().forward(x)
+
+        players = [Player[nn.Module](net, torch.optim.SGD(net.parameters(), 0.1)) for net in (Watching(), Watching())]
+        generator = _duel.trained_by_adam(task, UnconditionalGenerator(SHAPE, 8), 1e-3)
+        rules = Rules(4, lambda t, a: losses.dfad_loss(a()[0], t), losses.dfad_loss, student_moves)
+        _duel.play(task, f"duel {students} {student_moves}", 1, [generator], players[:students], rules)
+        return len({image.numpy().tobytes() for image in images})
+
+    assert [seen(1, 1), seen(1, 2), seen(2, 1)] == [1, 3, 3]
+
+
+# DSG
+
+
+def test_dsg_slack_and_enhancement_can_be_switched_off(teacher: nn.Module, task: Task) -> None:
+    on = short(teacher, "dsg").images
+    assert not torch.equal(on, short(teacher, "dsg", slack=False).images)
+    assert not torch.equal(on, short(teacher, "dsg", enhancement=False).images)
+    measured = dsg.margins(task, dsg.Settings(gaussian_images=8))
+    assert len(measured) == len(batchnorm.layers(task.teacher))
+    assert all(margin.mean > 0 for margin in measured)
+    assert set(dsg.margins(task, dsg.Settings(gaussian_images=8, slack=False))) == {SlackMargin(0.0, 0.0)}
+
+
+def test_dsg_within_its_slack_costs_nothing(task: Task) -> None:
+    """The released code's absolute value would make a gap of zero cost its margin."""
+    with BatchNormProbe(task.teacher) as probe, torch.no_grad():
+        task.teacher(torch.randn(8, *SHAPE))
+        wide = [SlackMargin(1e6, 1e6)] * len(probe)
+        assert float(losses.slack_bn_loss(probe, wide)) == 0
+
+
+def test_dsg_batches_of_enhancement_side_by_side_are_such_batches_one_by_one(task: Task) -> None:
+    margins = [SlackMargin(0.1, 0.1)] * len(batchnorm.layers(task.teacher))
+    images = torch.randn(2 * len(margins), *SHAPE)
+
+    def loss(part: Tensor) -> Tensor:
+        with BatchNormProbe(task.teacher) as probe, torch.no_grad():
+            task.teacher(part)
+            return losses.layerwise_enhancement(probe, margins)
+
+    first, second = images.chunk(2)
+    torch.testing.assert_close(loss(images), loss(first) + loss(second))
+
+
+@pytest.mark.parametrize("field", ["images", "synthesis_batch"])
+def test_dsg_refuses_fewer_images_than_layers_to_enhance(teacher: nn.Module, field: str) -> None:
+    with pytest.raises(InputError, match=f"{field}=8 is less than the 9 BatchNorm layers"):
+        short(teacher, "dsg", **{field: 8})
+    assert len(short(teacher, "dsg", images=8, enhancement=False).images) == 8
+    assert len(short(teacher, "dsg", images=10).images) == 10
+
+
+def test_dsg_images_feed_ranges_rounding_or_fine_tuning(teacher: nn.Module) -> None:
+    ranges, rounded, tuned = (
+        short(teacher, "dsg", then=then, rounding_steps=2) for then in ("calibrate", "adaround", "fine-tune")
+    )
+    original = teacher.get_parameter("conv1.weight")
+    assert torch.equal(ranges.model.get_parameter("conv1.weight"), original)
+    assert ranges.model is ranges.calibrated
+    assert torch.equal(ranges.images, rounded.images)
+    step = float(tuned.calibrated.get_parameter("conv1.weight_quantizer.step").detach())  # type: ignore[union-attr]
+    assert 0 < float((rounded.model.get_parameter("conv1.weight") - original).abs().max()) < 128 * step
+    assert not torch.equal(tuned.model.get_parameter("conv1.weight"), original)
+
+
+# DeepInversion
+
+
+def test_deepinversion_competes_from_the_second_round_on(teacher: nn.Module) -> None:
+    single, double, apart = (
+        short(teacher, "deepinversion", **changes)
+        for changes in ({"rounds": 1}, {"rounds": 2}, {"rounds": 2, "competition_weight": 0.0})
+    )
+    assert [len(report.images) for report in (single, double, apart)] == [4, 8, 8]
+    assert torch.equal(single.images, double.images[:4])
+    assert not torch.equal(double.images[4:], apart.images[4:])
+    phases = [row["phase"] for row in double.history]
+    assert phases == ["synthesis", "fine-tuning 1", "synthesis 2/2", "fine-tuning 2"]
+    assert ["competition" in row for row in double.history] == [False, False, True, False]
+
+
+def test_deepinversion_against_a_student_makes_images_on_which_it_differs(task: Task) -> None:
+    settings = deepinversion.Settings(
+        images=16, synthesis_batch=16, synthesis_steps=40, synthesis_lr=0.1, competition_weight=100
+    )
+    rival = quantizer.quantize_layers(task.teacher, dfqlib.QuantSpec.parse("w3a3"))
+    quantizer.calibrate(rival, torch.randn(16, *SHAPE))
+    before = weights(rival)
+    apart = []
+    for student in (None, rival):
+        images = deepinversion.invert(task, settings, 0, student)
+        with torch.no_grad():
+            apart.append(float(losses.competition_loss(rival(images), task.teacher(images))))
+    assert apart[1] < apart[0]
+    assert same(weights(rival), before)
+
+
+# DAFL, DFAD
+
+
+def test_dafl_features_are_what_enters_the_last_layer(task: Task) -> None:
+    network = Plain()
+    images = torch.randn(4, *SHAPE)
+    with dafl.LastInput(network) as last:
+        network(images)
+    torch.testing.assert_close(last.input, torch.relu(network.convolution(images)).flatten(1))
+    assert not network.head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("weight", ["one_hot_weight", "balance_weight", "activation_weight"])
+def test_dafl_terms_can_be_switched_off(teacher: nn.Module, weight: str) -> None:
+    assert not torch.equal(short(teacher, "dafl", **{weight: 0.0}).images, short(teacher, "dafl").images)
+
+
+def test_dfad_generator_ascends_what_the_student_descends(task: Task) -> None:
+    settings = dfad.Settings(**{**SHORT["dfad"], "lr_g": 1e-2, "batch": 16, "iterations": 20})
+    generator = dfad.make_generator(task, settings)
+    frozen = Plain()
+    player = Player[nn.Module](frozen, torch.optim.SGD(frozen.parameters(), 0.0))
+    dfad.compete(task, "ascent", 1, generator, player, settings)
+    rows = task.session.history
+    assert rows[-1]["generator"] < rows[0]["generator"] < 0
+    assert rows[-1]["loss"] > rows[0]["loss"]
+
+
+# AKD
+
+
+def test_akd_every_generator_meets_every_student(teacher: nn.Module, task: Task) -> None:
+    images = [short(teacher, "akd", generators=g, students=s).images for g, s in ((1, 1), (1, 2), (2, 2))]
+    assert {len(made) for made in images} == {akd.IMAGES}
+    assert not torch.equal(images[0], images[1])
+    settings = akd.Settings(**{**SHORT["akd"], "generators": 3})
+    generators = akd.make_generators(task, settings)
+    first, second, third = (weights(player.network) for player in generators)
+    assert not same(first, second)
+    assert not same(second, third)
+    assert akd.images_of(generators).shape == (akd.IMAGES, *SHAPE)
+
+
+def test_akd_quantized_students_part(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    players: list[Player[nn.Module]] = []
+
+    def noted(task: Task, phase: str, generators: Any, students: Any, settings: akd.Settings) -> None:
+        players.extend(students)
+        compete(task, phase, generators, students, settings)
+
+    compete = akd.compete
+    monkeypatch.setattr(akd, "compete", noted)
+    settings = akd.Settings(**{**SHORT["akd"], "students": 2, "iterations": 4, "lr": 1e-5})
+    outcome = akd.quantize(task, dfqlib.QuantSpec(), settings)
+    first, second = (player.network for player in players)
+    assert outcome.model is first
+    assert not same(weights(first), weights(second))
+
+
+def test_akd_warm_up_moves_the_generators_by_the_prior_alone(task: Task) -> None:
+    settings = akd.Settings(**{**SHORT["akd"], "iterations": 20, "batch": 16})
+    akd.warm_up(task, akd.make_generators(task, settings), settings)
+    rows = task.session.history
+    assert set(rows[0]) == {"phase", "step", "seconds", "generator"}
+    assert rows[-1]["generator"] < rows[0]["generator"]
+
+
+def test_akd_refuses_more_generators_than_memory_holds(teacher: nn.Module) -> None:
+    with pytest.raises(InputError, match="generators=100000000 need"):
+        short(teacher, "akd", generators=100_000_000)
+
+
+def test_akd_generator_is_the_papers() -> None:
+    generator = AkdGenerator((3, 32, 32))
+    assert generator.linear.out_features == 512 * 4 * 4
+    assert generator.sample(2).shape == (2, 3, 32, 32)
+
+
+# What they are for
+
+
+@pytest.mark.parametrize(
+    ("recipe", "few"),
+    [
+        ("deepinversion", {"rounds": 1, "synthesis_steps": 40, "steps": 40}),
+        ("akd", {"warm_up_epochs": 1, "epochs": 1, "iterations": 30, "batch": 32, "lr": 1e-3}),
+    ],
+)
+def test_two_bits_come_back_without_data(teacher: nn.Module, digits: Batches, recipe: str, few: dict[str, Any]) -> None:
+    report = dfqlib.quantize(teacher, SHAPE, "w2a2", recipe=recipe, progress=False, **few)
+    assert report.calibrated is not None
+    assert dfqlib.evaluate(report.model, digits) > dfqlib.evaluate(report.calibrated, digits) + 20
