@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dfqlib import graph
+from dfqlib.convolution import convolve
 from dfqlib.errors import InputError
 from dfqlib.quantizer.modules import AffineQuantizer, Mode, Quantizer, StepQuantizer
 from dfqlib.spec import INPUT_BITS, QuantSpec
@@ -22,7 +23,7 @@ class QuantConv2d(nn.Conv2d):
     weight_quantizer: Quantizer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+        return convolve(self, x, self.weight_quantizer(self.weight))
 
 
 class QuantLinear(nn.Linear):

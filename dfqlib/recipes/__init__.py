@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfqlib import batchnorm
+from dfqlib import batchnorm, convolution
 from dfqlib.errors import InputError
 from dfqlib.recipes.base import ImageShape, Outcome, Report, Task, check_network, override, prepare_teacher
 from dfqlib.spec import QuantSpec
@@ -105,7 +105,9 @@ def distill(
     method, chosen = find(recipe, "distill", budget, settings)
     kind = {"student": type(student).__name__}
     run = _Run(model, image_shape, recipe, budget, seed, device, progress, checkpoint, method, chosen, kind)
-    return run(lambda task: method.distill(task, _fresh_student(student, task), chosen))
+    report = run(lambda task: method.distill(task, _fresh_student(student, task), chosen))
+    convolution.restore(report.model)
+    return report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,4 +216,4 @@ def _fresh_student(student: nn.Module, task: Task) -> nn.Module:
     prepared, classes = prepare_teacher(student, task.image_shape, task.device)
     if classes != task.classes:
         raise InputError(f"student has {classes} classes and the teacher {task.classes}; give them the same number")
-    return prepared.requires_grad_(True)
+    return convolution.prepare_for_training(prepared.requires_grad_(True))
