@@ -35,6 +35,7 @@ class Case:
     bits: str
     protocol: str = "first and last at 8 bits"
     spec: tuple[tuple[str, Any], ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 def _all_layers(bits: int) -> dict[str, Any]:
@@ -43,6 +44,12 @@ def _all_layers(bits: int) -> dict[str, Any]:
 
 CASES = {
     "digits_w2a2": Case("digits_resnet8", "w2a2"),
+    "digits_w2a2_short": Case(
+        "digits_resnet8",
+        "w2a2",
+        "first and last at 8 bits; 128 images, 150 + 200 steps",
+        settings=(("images", 128), ("synthesis_steps", 150), ("steps", 200)),
+    ),
     "cifar10_w4a4": Case("cifar10_resnet20", "w4a4"),
     "cifar10_w3a3": Case("cifar10_resnet20", "w3a3"),
     "cifar10_w4a4_all": Case("cifar10_resnet20", "w4a4", **_all_layers(4)),
@@ -86,7 +93,8 @@ def measure(case: Case, recipe: str, budget: str, seed: int, threads: int, data:
     torch.set_num_threads(threads)
     teacher, loader, shape = load(case.network, data)
     spec = dfqlib.QuantSpec.parse(case.bits, **dict(case.spec))
-    report = dfqlib.quantize(teacher, shape, spec, recipe=recipe, budget=budget, seed=seed, progress=False)
+    changes = dict(case.settings) if recipe == "express" else {}
+    report = dfqlib.quantize(teacher, shape, spec, recipe=recipe, budget=budget, seed=seed, progress=False, **changes)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "linux" else 1e9)
     result = dfqlib.compare(report.model, teacher, loader)
     calibrated = None if report.calibrated is None else dfqlib.evaluate(report.calibrated, loader)

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from accuracy import ROOT, load
 
@@ -26,11 +27,11 @@ def main() -> None:
     args = parser.parse_args()
     teacher, _, shape = load("cifar10_resnet20", args.data)
     known = dfqlib.models.info("cifar10_resnet20")
-    images = dfqlib.quantize(teacher, shape, steps=0).images
+    images = dfqlib.quantize(teacher, shape, steps=0, progress=False).images
     cases = json.loads((ROOT / "results" / "accuracy_express.json").read_text())["cases"]
 
-    plt = plots.pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(1.15, 1), layout="constrained")
+    plots.use_style()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(1.15, 1))
     grid = images[:50].view(5, 10, *shape) * torch.tensor(known.std).view(3, 1, 1) + torch.tensor(known.mean).view(
         3, 1, 1
     )
@@ -38,11 +39,14 @@ def main() -> None:
     left.imshow(picture.clamp(0, 1))
     left.set_xticks([shape[2] * (i + 0.5) for i in range(10)], known.classes, rotation=40, ha="right")
     left.set_yticks([])
+    left.grid(False)
     left.set_title("What a CIFAR-10 network remembers: images out of noise")
     for offset, (key, label) in enumerate(BARS.items()):
         heights = [cases[name]["summary"][key] for name in CASES]
         places = [place + 0.27 * (offset - 1) for place in range(len(CASES))]
-        bars = right.bar(places, heights, 0.25, label=label, color=plots.COLORS[offset], hatch=("", "//", "")[offset])
+        bars = right.bar(
+            places, heights, 0.25, label=label, color=plots.PALETTE[offset + 1], hatch=plots.HATCHES[offset]
+        )
         right.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
     right.set_xticks(range(len(CASES)), CASES.values())
     right.set_ylabel("top-1 on test images, %")
@@ -50,7 +54,7 @@ def main() -> None:
     right.set_title("Fine-tuning on them brings low-bit networks back")
     right.legend(loc="upper center", ncols=3, fontsize=7.5, frameon=False)
     (ROOT / "docs").mkdir(exist_ok=True)
-    figure.savefig(ROOT / "docs" / "overview.png", dpi=110, metadata={"Software": None})
+    (ROOT / "docs" / "overview.png").write_bytes(plots.png(figure))
 
 
 if __name__ == "__main__":
