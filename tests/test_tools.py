@@ -102,6 +102,15 @@ def test_wrong_arguments_end_before_anything_runs(tmp_path, arguments, complaint
     assert not (tmp_path / "built").exists()
 
 
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    write_notebook(tmp_path / "lesson.ipynb")
+    (tmp_path / "built").write_text("mine")
+    done = run_tool("tutorial.py", tmp_path, "-o", tmp_path / "built")
+    assert done.returncode == 2
+    assert "name another" in done.stderr
+    assert (tmp_path / "built").read_text() == "mine"
+
+
 def test_refreshing_twice_gives_the_same_bytes(tmp_path):
     source = "import ipywidgets\nprint('a')\nprint('b')\nipywidgets.IntSlider()"
     path = write_notebook(tmp_path / "lesson.ipynb", source)

@@ -197,16 +197,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.parameters = {name: literal(value) for name, value in options.parameter}
     try:
         options.notebooks = find_notebooks(options.paths)
-        options.output.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.error(f"--output {options.output} cannot be a folder ({error.strerror}); name another")
     # papermill takes a name that no notebook has without a word.
     for name, file in options.notebooks.items() if options.parameters else ():
         known = default_parameters(file)
         if unknown := options.parameters.keys() - known.keys():
             parser.error(f"{name} has no parameter {sorted(unknown)[0]!r}; it has {', '.join(known) or 'none'}")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {options.output} cannot be a folder ({error.strerror}); name another")
     return options
 
 
