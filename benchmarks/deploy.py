@@ -2,8 +2,8 @@
 
     python benchmarks/deploy.py          # ResNet-20 / CIFAR-10: W8A8 and W3A3 calibrated only, W4A4 fine-tuned, 3 seeds
 
-Latencies are medians of processor time on one thread, engines taking turns. Writes results/export.json, which the
-README's table is made from (``python benchmarks/tables.py``).
+Latencies are medians of processor time on one thread, engines taking turns. Writes results/export.json, from which
+``python benchmarks/tables.py`` makes a table where the README has ``<!-- results: export -->``.
 """
 
 import argparse
