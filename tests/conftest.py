@@ -10,6 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+import dfqlib
+from dfqlib.evaluate import Batches
+from dfqlib.recipes.base import Task, prepare_teacher
+from dfqlib.training import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -43,3 +49,23 @@ def reference() -> Path:
     if not (path / "official.npz").is_file():
         pytest.skip(f"reference values absent: no {path / 'official.npz'}")
     return path
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    """The bundled digits classifier; a module that works on another network defines its own."""
+    return dfqlib.load_model("digits_resnet8")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Batches:
+    """The digits' test images and labels."""
+    return dfqlib.load_data("digits")
+
+
+@pytest.fixture
+def task(teacher: nn.Module) -> Task:
+    """A recipe's job on the digits, without a progress bar."""
+    shape = (1, 16, 16)
+    frozen, classes = prepare_teacher(teacher, shape, torch.device("cpu"))
+    return Task(frozen, shape, classes, Session(progress=False))

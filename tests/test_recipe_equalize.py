@@ -19,16 +19,6 @@ from dfqlib.saving import load_quantized, save_quantized
 SHAPE = (1, 16, 16)
 
 
-@pytest.fixture(scope="module")
-def teacher() -> nn.Module:
-    return dfqlib.load_model("digits_resnet8")
-
-
-@pytest.fixture(scope="module")
-def digits() -> Batches:
-    return dfqlib.load_data("digits")
-
-
 def equalized(model: nn.Module, bits: Any = "w4a4", shape: Any = SHAPE, **settings: Any) -> dfqlib.Report:
     return dfqlib.quantize(model, shape, bits, recipe="equalize", progress=False, **settings)
 

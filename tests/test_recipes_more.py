@@ -16,8 +16,7 @@ from dfqlib.generators import AkdGenerator, UnconditionalGenerator
 from dfqlib.losses import SlackMargin
 from dfqlib.recipes import _duel, akd, dafl, deepinversion, dfad, dsg
 from dfqlib.recipes._duel import Answers, Player, Rules
-from dfqlib.recipes.base import Report, Task, prepare_teacher
-from dfqlib.training import Session
+from dfqlib.recipes.base import Report, Task
 
 SHAPE = (1, 16, 16)
 GENERATOR = {"warm_up_epochs": 1, "epochs": 1, "distill_epochs": 1, "iterations": 2, "batch": 4, "latent": 16}
@@ -39,22 +38,6 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.relu(self.convolution(x)).flatten(1))
-
-
-@pytest.fixture(scope="module")
-def teacher() -> nn.Module:
-    return dfqlib.load_model("digits_resnet8")
-
-
-@pytest.fixture(scope="module")
-def digits() -> Batches:
-    return dfqlib.load_data("digits")
-
-
-@pytest.fixture
-def task(teacher: nn.Module) -> Task:
-    frozen, classes = prepare_teacher(teacher, SHAPE, torch.device("cpu"))
-    return Task(frozen, SHAPE, classes, Session(progress=False))
 
 
 def short(teacher: nn.Module, recipe: str, bits: Any = "w4a4", **changes: Any) -> Report:

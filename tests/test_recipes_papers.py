@@ -14,7 +14,7 @@ from dfqlib.errors import InputError
 from dfqlib.evaluate import Batches
 from dfqlib.networks.resnet import ResNet, projection_shortcut
 from dfqlib.recipes import dfqf, gdfq, zeroq
-from dfqlib.recipes.base import Report, Task, descend, prepare_teacher
+from dfqlib.recipes.base import Report, Task, descend
 from dfqlib.training import Session
 
 SHAPE = (1, 16, 16)
@@ -23,22 +23,6 @@ SHORT: dict[str, dict[str, Any]] = {
     "gdfq": {"epochs": 2, "warm_up_epochs": 2, "range_epochs": 2, "iterations": 2, "batch": 4},
     "dfqf": {"epochs": 2, "warm_up_epochs": 2, "iterations": 2, "batch": 4, "latent": 50},
 }
-
-
-@pytest.fixture(scope="module")
-def teacher() -> nn.Module:
-    return dfqlib.load_model("digits_resnet8")
-
-
-@pytest.fixture(scope="module")
-def digits() -> Batches:
-    return dfqlib.load_data("digits")
-
-
-@pytest.fixture
-def task(teacher: nn.Module) -> Task:
-    frozen, classes = prepare_teacher(teacher, SHAPE, torch.device("cpu"))
-    return Task(frozen, SHAPE, classes, Session(progress=False))
 
 
 def short(teacher: nn.Module, recipe: str, bits: Any = "w4a4", **changes: Any) -> Report:
