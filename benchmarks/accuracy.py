@@ -1,14 +1,17 @@
 """How good the recipes are: paired with the teacher, last epoch, several seeds, each run in a process of its own.
 
-    python benchmarks/accuracy.py --recipe express --seeds 0 1 2     # every case of the list below
-    python benchmarks/accuracy.py --case cifar10_w3a3 --seeds 0      # one of them
+    python benchmarks/accuracy.py --recipe express --seeds 0 1 2               # every case of the list below
+    python benchmarks/accuracy.py --case cifar10_w3a3 --seeds 0                # one of them
+    python benchmarks/accuracy.py --recipe gdfq dsg --case cifar10_w4a4 --missing   # what no run has measured yet
+    python benchmarks/accuracy.py --recipe calibrate --set clip=aciq --variant aciq  # with a setting of its own
 
 Needs the CIFAR folders and checkpoints described in the README under ``--data`` (default: $DFQLIB_DATA, then
-../shared/data); digits need nothing. Writes results/accuracy_<recipe>.json, which the README's table is made from
-(``python benchmarks/tables.py``). A case that is measured again replaces its old rows.
+../shared/data); digits need nothing. Writes results/accuracy_<recipe>.json after each run, which the README's tables
+are made from (``python benchmarks/tables.py``). A case that is measured again replaces its old rows.
 """
 
 import argparse
+import ast
 import dataclasses
 import json
 import os
@@ -17,10 +20,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,19 @@ class Case:
     protocol: str = "first and last at 8 bits"
     spec: tuple[tuple[str, Any], ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    recipe: str
+    case: str
+    seed: int
+
+
+REAL_IMAGES = 1024
+"""How many training images the recipe "real" gets; all are seen several times in its steps."""
 
 
 def _all_layers(bits: int) -> dict[str, Any]:
@@ -84,17 +100,35 @@ def load(network: str, data: Path) -> tuple[Any, Any, tuple[int, int, int]]:
     return teacher, folder, known.image_shape
 
 
-def measure(case: Case, recipe: str, budget: str, seed: int, threads: int, data: Path) -> dict[str, Any]:
+def real_images(network: str, data: Path) -> Any:
+    """Training images for the recipes that take some, spread over the classes."""
+    import torch
+
+    import dfqlib
+
+    known = dfqlib.models.info(network)
+    folder = dfqlib.image_folder(data / "cifar10/train", known.mean, known.std, classes=known.classes)
+    images = torch.cat([images for images, _ in folder])
+    return images[torch.linspace(0, len(images) - 1, REAL_IMAGES).long()]
+
+
+def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     """One run in this process: accuracies, the paired difference, seconds, peak memory."""
     import torch
 
     import dfqlib
 
-    torch.set_num_threads(threads)
-    teacher, loader, shape = load(case.network, data)
+    torch.set_num_threads(args.threads)
+    case = CASES[job.case]
+    teacher, loader, shape = load(case.network, args.data)
     spec = dfqlib.QuantSpec.parse(case.bits, **dict(case.spec))
-    changes = dict(case.settings) if recipe == "express" else {}
-    report = dfqlib.quantize(teacher, shape, spec, recipe=recipe, budget=budget, seed=seed, progress=False, **changes)
+    changes = (dict(case.settings) if job.recipe == "express" else {}) | settings_of(args)
+    if job.recipe == "real":
+        changes["images"] = real_images(case.network, args.data)
+    options: dict[str, Any] = {"budget": args.budget, "seed": job.seed, "progress": False}
+    began = time.process_time()
+    report = dfqlib.quantize(teacher, shape, spec, recipe=job.recipe, **options, **changes)
+    cpu_seconds = time.process_time() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "linux" else 1e9)
     result = dfqlib.compare(report.model, teacher, loader)
     calibrated = None if report.calibrated is None else dfqlib.evaluate(report.calibrated, loader)
@@ -102,43 +136,63 @@ def measure(case: Case, recipe: str, budget: str, seed: int, threads: int, data:
         **dataclasses.asdict(result),
         "calibrated_top1": calibrated,
         "seconds": report.seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_gb": peak,
         "settings": report.settings,
     }
 
 
-def run_apart(name: str, args: argparse.Namespace, seed: int) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's settings that the command line changes; what is no Python literal is text."""
+    changes: dict[str, Any] = {}
+    for assignment in args.set:
+        name, _, value = assignment.partition("=")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[name] = value
+    return changes
+
+
+def run_apart(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     """The same in a fresh process, so that its peak memory is its own."""
-    command = [sys.executable, __file__, "--one", name, "--seeds", str(seed), "--recipe", args.recipe]
+    command = [sys.executable, __file__, "--one", "--case", job.case, "--seeds", str(job.seed), "--recipe", job.recipe]
     command += ["--budget", args.budget, "--threads", str(args.threads), "--data", str(args.data)]
+    command += ["--set", *args.set] if args.set else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
-        raise SystemExit(f"{name}, seed {seed} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{job} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds."""
     result: dict[str, Any] = {"seeds": [row["settings"]["seed"] for row in rows], "images": rows[0]["images"]}
-    for key in ("top1", "difference", "calibrated_top1", "seconds"):
-        values = [row[key] for row in rows if row[key] is not None]
+    for key in ("top1", "difference", "calibrated_top1", "seconds", "cpu_seconds"):
+        values = [row[key] for row in rows if row.get(key) is not None]
         if values:
             result[key] = statistics.mean(values)
             result[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
     return {**result, "teacher_top1": rows[0]["teacher_top1"], "peak_gb": max(row["peak_gb"] for row in rows)}
 
 
-def record(path: Path, name: str, case: Case, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Put a case's rows into the results file."""
+def record(job: Job, args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
+    """Put a run into the results file; returns the summary of its case."""
     import torch
 
+    path, name = results_file(job.recipe), case_name(job, args)
     content = json.loads(path.read_text()) if path.exists() else {"cases": {}}
+    old = content["cases"].get(name, {"runs": []})["runs"]
+    rows = sorted([r for r in old if r["settings"]["seed"] != job.seed] + [row], key=lambda r: r["settings"]["seed"])
+    seeds = " ".join(str(r["settings"]["seed"]) for r in rows)
+    changes = f" --set {' '.join(args.set)} --variant {args.variant}" if args.set else ""
     content["cases"][name] = {
-        "case": dataclasses.asdict(case),
-        "command": f"python benchmarks/accuracy.py --recipe {args.recipe} --budget {args.budget} --case {name} "
-        f"--seeds {' '.join(map(str, args.seeds))} --threads {args.threads} --jobs {args.jobs}",
-        "recipe": args.recipe,
+        "case": dataclasses.asdict(CASES[job.case]),
+        "variant": args.variant,
+        "command": f"python benchmarks/accuracy.py --recipe {job.recipe} --budget {args.budget} --case {job.case} "
+        f"--seeds {seeds} --threads {args.threads} --jobs {args.jobs}{changes}",
+        "recipe": job.recipe,
         "budget": args.budget,
         "device": f"CPU, {args.threads} thread{'s' * (args.threads > 1)} of {processor()}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -147,7 +201,29 @@ def record(path: Path, name: str, case: Case, args: argparse.Namespace, rows: li
         "runs": rows,
     }
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+    return content["cases"][name]["summary"]
+
+
+def results_file(recipe: str) -> Path:
+    """Where a recipe's runs are kept."""
+    return ROOT / "results" / f"accuracy_{recipe}.json"
+
+
+def case_name(job: Job, args: argparse.Namespace) -> str:
+    """A case under changed settings, or under another budget, is a case of its own."""
+    budget = "" if args.budget == "quick" else args.budget
+    return ":".join(part for part in (job.case, args.variant, budget) if part)
+
+
+def measured(job: Job, args: argparse.Namespace) -> bool:
+    """Whether the results file holds this run already."""
+    path = results_file(job.recipe)
+    cases = json.loads(path.read_text())["cases"] if path.exists() else {}
+    runs = cases.get(case_name(job, args), {"runs": []})["runs"]
+    return any(run["settings"]["seed"] == job.seed for run in runs)
 
 
 def processor() -> str:
@@ -159,35 +235,50 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def main() -> None:
+def main() -> int:
     """Measure what the command line asks for."""
     default = os.environ.get("DFQLIB_DATA") or ROOT.parent / "shared" / "data"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="express")
+    parser.add_argument("--recipe", nargs="+", default=["express"])
     parser.add_argument("--budget", default="quick")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the recipe")
+    parser.add_argument("--variant", default="", help="name for the rows measured under --set")
+    parser.add_argument("--missing", action="store_true", help="leave out what the results file holds already")
     parser.add_argument("--threads", type=int, default=1, help="of each run; more jobs finish sooner than more threads")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
     parser.add_argument("--data", type=Path, default=Path(default))
-    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if bool(args.set) != bool(args.variant) and not args.one:  # a run apart needs no name
+        parser.error("--set and --variant go together: rows under changed settings need a name of their own")
+    jobs = [Job(r, c, s) for r in args.recipe for c in args.case for s in args.seeds]
     if args.one:
-        row = measure(CASES[args.one], args.recipe, args.budget, args.seeds[0], args.threads, args.data)
-        print(json.dumps(row, default=dataclasses.asdict))  # settings["spec"] is a QuantSpec
-        return
-    path = ROOT / "results" / f"accuracy_{args.recipe}.json"
-    for name in args.case:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            rows = list(pool.map(partial(run_apart, name, args), args.seeds))
-        record(path, name, CASES[name], args, rows)
-        s = summary(rows)
-        print(
-            f"{name:24s} {s['top1']:6.2f} ({s['difference']:+.2f} ± {s['difference_std'] or 0:.2f}), calibrated only "
-            f"{s.get('calibrated_top1', float('nan')):.2f}, {s['seconds']:.0f} s, {s['peak_gb']:.2f} GB",
-            flush=True,
-        )
+        print(json.dumps(measure(jobs[0], args), default=dataclasses.asdict))  # settings["spec"] is a QuantSpec
+        return 0
+    writing, failed = threading.Lock(), []
+
+    def run(job: Job) -> None:
+        try:
+            row = run_apart(job, args)
+        except RuntimeError as error:  # the others go on
+            failed.append(job)
+            print(error, file=sys.stderr, flush=True)
+            return
+        with writing:
+            s = record(job, args, row)
+            print(
+                f"{job.recipe:14s} {case_name(job, args):28s} seed {job.seed}: {row['top1']:6.2f} "
+                f"({row['difference']:+.2f}; mean {s['difference']:+.2f} ± {s['difference_std'] or 0:.2f}), calibrated "
+                f"{row['calibrated_top1'] or float('nan'):.2f}, {row['cpu_seconds']:.0f} s, {row['peak_gb']:.2f} GB",
+                flush=True,
+            )
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(run, [job for job in jobs if not (args.missing and measured(job, args))]))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
