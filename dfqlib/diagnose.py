@@ -4,6 +4,7 @@ Taught in notebook 11.
 """
 
 import copy
+import statistics
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ POOR_SQNR = 10.0
 """Decibels below which a layer's output is more noise than its next layer can use."""
 MUCH_CLIPPED = 0.05
 """Share of a tensor beyond its range from which the range is the likely culprit."""
+DOMINATED = 10.0
+"""Decibels that a layer's median channel may lie below the layer as a whole before a few channels set its range."""
 POOR_AGREEMENT = 90.0
 """Percent of the synthetic images below which the student has not even learned those."""
 
@@ -30,6 +33,7 @@ class Run(Protocol):
     images: Tensor
     history: list[dict[str, Any]]
     calibrated: nn.Module | None
+    steps: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -39,22 +43,29 @@ class Diagnosis:
     Attributes:
         sqnr: signal to quantization noise of each layer's output in decibels, against the teacher.
         own_sqnr: the same when the layer alone is quantized: what its weights add, not what it inherits.
+        channel_sqnr: of that, the median over the layer's channels: far below ``own_sqnr`` where a few large channels
+            have the range for themselves.
         clipped: share of each activation beyond the range of its quantizer.
         dead: number of channels of each BatchNorm that the next layer sees as constant.
         steps: by quantizer, its step after fine-tuning over its step after calibration.
+        step_history: the same at each look while it was trained, from 1 at the start.
         agreement: percent of the synthetic images on which model and teacher choose the same class.
         calibrated_agreement: the same before fine-tuning; None when that network was not kept.
         losses: the losses of the last phase, a list each.
+        bits: the widths that most layers have, such as "w4a4".
     """
 
     sqnr: dict[str, float]
     own_sqnr: dict[str, float]
+    channel_sqnr: dict[str, float]
     clipped: dict[str, float]
     dead: dict[str, int]
     steps: dict[str, float]
+    step_history: dict[str, list[float]]
     agreement: float
     calibrated_agreement: float | None
     losses: dict[str, list[float]]
+    bits: str
 
     def advice(self) -> list[str]:
         """What to try next, the most promising first."""
@@ -63,8 +74,15 @@ class Diagnosis:
         if self.own_sqnr[worst] < POOR_SQNR:
             found.append(
                 f"{worst} has {self.own_sqnr[worst]:.1f} dB: give it more bits, "
-                f'bits={{"default": "w4a4", "{worst}": 8}}, '
+                f'bits={{"default": "{self.bits}", "{worst}": 8}}, '
                 'or all weights a step per channel, QuantSpec(granularity="channel")'
+            )
+        uneven = max(self.own_sqnr, key=lambda name: self.own_sqnr[name] - self.channel_sqnr[name])
+        if self.channel_sqnr[uneven] < min(POOR_SQNR, self.own_sqnr[uneven] - DOMINATED):
+            found.append(
+                f"half of the channels of {uneven} have under {self.channel_sqnr[uneven]:.1f} dB where the layer has "
+                f"{self.own_sqnr[uneven]:.1f}, so a few large ones set its range: weights a step per channel, "
+                'QuantSpec(granularity="channel"), or recipe="equalize"'
             )
         most = max(self.clipped, key=lambda name: self.clipped[name], default=None)
         if most is not None and self.clipped[most] > MUCH_CLIPPED:
@@ -106,7 +124,7 @@ class Diagnosis:
         panels = [
             (self.own_sqnr, "SQNR (dB)", "Noise of each layer's own (dark: with what it inherits)"),
             ({name: 100 * share for name, share in self.clipped.items()}, "clipped (%)", "Values beyond their range"),
-            (self.steps, "step after / before", "Steps that moved"),
+            ({} if self.step_history else self.steps, "step after / before", "Steps that moved"),
         ]
         for panel, (values, label, title) in zip(axes.flat, panels, strict=False):
             panel.plot(list(values.values()), range(len(values)), "o", color="#0065A8")
@@ -116,6 +134,12 @@ class Diagnosis:
             panel.invert_yaxis()
         axes[0, 0].plot(list(self.sqnr.values()), range(len(self.sqnr)), "^", color="#222222")
         axes[0, 0].axvline(POOR_SQNR, color="#D55E00", linestyle="--")
+        for history in self.step_history.values():
+            axes[1, 0].plot(history, color="#0065A8", alpha=0.4)
+        if self.step_history:
+            axes[1, 0].set(xlabel="look", ylabel="step / step at first", title="Steps while they are trained")
+            axes[1, 0].set(yscale="log", ylim=None)
+            axes[1, 0].invert_yaxis()
         for name, losses in self.losses.items():
             axes[1, 1].plot(losses, label=name)
         axes[1, 1].set(xlabel="look", ylabel="loss", title="Last phase")
@@ -149,11 +173,13 @@ def diagnose(report: Run, images: Tensor | None = None) -> Diagnosis:
     teacher = float_network(calibrated or network)
     images = images[:256].cpu()
     before = {} if calibrated is None else dict(quantizers(calibrated))
+    own, by_channel = _own_sqnr(network, teacher, images)
     last = [row for row in report.history if row["phase"] == report.history[-1]["phase"]] if report.history else []
     names = [name for name in (last[-1] if last else {}) if name not in ("phase", "step", "seconds")]
     return Diagnosis(
         sqnr=sqnr(network, teacher, images),
-        own_sqnr=_own_sqnr(network, teacher, images),
+        own_sqnr=own,
+        channel_sqnr=by_channel,
         clipped=_clipped(network, images),
         dead=_dead(network),
         steps={
@@ -161,19 +187,47 @@ def diagnose(report: Run, images: Tensor | None = None) -> Diagnosis:
             for name, quantizer in found.items()
             if isinstance(quantizer, StepQuantizer) and name in before
         },
+        step_history=_step_history(report.steps, before),
         agreement=agreement(network, teacher, images),
         calibrated_agreement=None if calibrated is None else agreement(calibrated, teacher, images),
         losses={name: [float(row[name]) for row in last] for name in names},
+        bits=_usual_widths(found),
     )
 
 
-def _own_sqnr(network: nn.Module, teacher: nn.Module, images: Tensor) -> dict[str, float]:
-    """Each quantized layer on the teacher's input of it, against the teacher's output."""
-    found: dict[str, float] = {}
+def _usual_widths(found: dict[str, nn.Module]) -> str:
+    """The widths that most weights and most activations have."""
+    widths: dict[bool, list[int]] = {True: [], False: []}
+    for name, quantizer in found.items():
+        widths[name.endswith("weight_quantizer")].append(int(quantizer.bits))  # type: ignore[arg-type]
+    weights, activations = (statistics.mode(widths[kind] or [8]) for kind in (True, False))
+    return f"w{weights}a{activations}"
+
+
+def _step_history(rows: list[dict[str, Any]], before: dict[str, nn.Module]) -> dict[str, list[float]]:
+    """Each step at each look as a share of what calibration set."""
+    history = {}
+    for name, quantizer in before.items():
+        values = [row[name] for row in rows if name in row]
+        if values and isinstance(quantizer, StepQuantizer):
+            first = float(quantizer.step.mean())
+            history[name] = [1.0, *(value / first for value in values)]
+    return history
+
+
+def _own_sqnr(network: nn.Module, teacher: nn.Module, images: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    """Each quantized layer on the teacher's input of it, against the teacher's output: whole, and by median channel."""
+    whole: dict[str, float] = {}
+    by_channel: dict[str, float] = {}
 
     def look(name: str, x: Tensor, exact: Tensor) -> None:
         noise = network.get_submodule(name)(x) - exact
-        found[name] = float(10 * torch.log10(exact.square().sum() / noise.square().sum().clamp(min=1e-30)))
+        rest = [axis for axis in range(exact.dim()) if axis != 1]
+        signal, lost = exact.square().sum(rest), noise.square().sum(rest)
+        whole[name] = float(10 * torch.log10(signal.sum() / lost.sum().clamp(min=1e-30)))
+        alive = signal > 0  # a channel without signal has none to lose
+        ratios = 10 * torch.log10(signal[alive] / lost[alive].clamp(min=1e-30))
+        by_channel[name] = float(ratios.median()) if len(ratios) else whole[name]
 
     handles = [
         module.register_forward_hook(lambda _, args, out, name=name: look(name, args[0], out))
@@ -185,7 +239,7 @@ def _own_sqnr(network: nn.Module, teacher: nn.Module, images: Tensor) -> dict[st
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return whole, by_channel
 
 
 def _clipped(network: nn.Module, images: Tensor) -> dict[str, float]:

@@ -52,6 +52,7 @@ class Session:
         checkpoint: file to save to and to resume from; None for neither.
         identity: the run's settings by name; a checkpoint with other ones is refused.
         history: a row per look, ``{"phase", "step", "seconds", <loss>: value, ...}``, ready for a DataFrame.
+        steps: likewise for what ``check`` returned, ``{"phase", "step", <quantizer>: step, ...}``.
         interrupted: Ctrl-C ended a phase early; the phases after it are skipped and what is done stands.
 
     Taught in notebook 07.
@@ -62,6 +63,7 @@ class Session:
     checkpoint: Path | None = None
     identity: Mapping[str, str] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
     _phases: dict[str, Any] = field(default_factory=dict)
     _started: float = field(default_factory=time.perf_counter)
@@ -79,7 +81,7 @@ class Session:
         steps: int,
         step: Step,
         state: Mapping[str, Stateful],
-        check: Callable[[], None] | None = None,
+        check: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         """Call ``step(i)`` for i = 0 ... steps - 1, resuming where the checkpoint left off.
 
@@ -90,7 +92,8 @@ class Session:
             steps: number of steps.
             step: does one step and returns its losses, scalar tensors by name; nothing reads them in between.
             state: what must be saved for the phase to be resumed.
-            check: called at every look; raises when something else than a loss went wrong.
+            check: called at every look; raises when something else than a loss went wrong, returns what to keep in
+                ``steps``.
 
         Raises:
             NonFiniteError: a loss became NaN or infinite; names the phase, the loss and the step.
@@ -116,8 +119,8 @@ class Session:
                     done = index + 1
                     if done % LOOK_EVERY == 0 or done == steps or interrupt.is_set():
                         bar.set_postfix(self._look(phase, done, pending))
-                        if check is not None:
-                            check()
+                        if check is not None and (found := check()):
+                            self.steps.append({"phase": phase, "step": done, **found})
                         pending = []
                         if self.checkpoint and time.perf_counter() - saved > SAVE_EVERY and done < steps:
                             self._save(phase, done, state)
@@ -163,14 +166,16 @@ class Session:
             return
         states = {name: item.state_dict() for name, item in state.items()}
         self._phases[phase] = {"step": step, "state": states, "rng": torch.get_rng_state()}
-        content = {"identity": dict(self.identity), "phases": self._phases, "history": self.history}
+        content: dict[str, Any] = {"identity": dict(self.identity), "phases": self._phases}
+        content |= {"history": self.history, "steps": self.steps}
         with written_whole(self.checkpoint) as temporary:
             torch.save(content, temporary)
 
     def _resume(self, path: Path) -> None:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            identity, phases, history = dict(content["identity"]), dict(content["phases"]), list(content["history"])
+            identity, phases = dict(content["identity"]), dict(content["phases"])
+            history, steps = list(content["history"]), list(content["steps"])
             earlier = history[-1]["seconds"] if history else 0.0
         except Exception as error:
             raise InputError(
@@ -182,7 +187,7 @@ class Session:
             raise InputError(
                 f"checkpoint={path} is of a run with {theirs}, now {ours}; repeat its settings or name another file"
             )
-        self._phases, self.history = phases, history
+        self._phases, self.history, self.steps = phases, history, steps
         self._started -= earlier
 
 

@@ -24,6 +24,7 @@ class Report:
     images: Tensor
     history: list[dict[str, Any]] = field(default_factory=list)
     calibrated: nn.Module | None = None
+    steps: list[dict[str, Any]] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,33 @@ def test_a_step_that_shrank_is_seen_as_moved_and_as_clipping(teacher: nn.Module,
     assert found.steps["quantize_relu_1"] == pytest.approx(0.01)
     assert any("quantize_relu_1 lies beyond" in line for line in found.advice())
     assert any("the step of quantize_relu_1 changed 0.01-fold" in line for line in found.advice())
+
+
+def test_one_exploding_channel_is_seen_though_the_layer_as_a_whole_looks_well(images: Tensor) -> None:
+    teacher = dfqlib.load_model("digits_resnet8")
+    with torch.no_grad():  # BatchNorm takes the factor out again: in floating point nothing has happened
+        teacher.get_parameter("layer2.0.conv1.weight")[0] *= 300
+        teacher.get_buffer("layer2.0.bn1.running_mean")[0] *= 300
+        teacher.get_buffer("layer2.0.bn1.running_var")[0] *= 300**2
+    found = diagnose(Report(quantized(teacher, images, "w4a4"), images))
+    assert found.own_sqnr["layer2.0.conv1"] > found.channel_sqnr["layer2.0.conv1"] + 10
+    assert any("channels of layer2.0.conv1" in line and 'recipe="equalize"' in line for line in found.advice())
+
+
+def test_advice_speaks_of_the_widths_at_hand(teacher: nn.Module, images: Tensor) -> None:
+    found = diagnose(Report(quantized(teacher, images, "w2a3"), images))
+    assert found.bits == "w2a3"
+    assert '{"default": "w2a3"' in str(found)
+
+
+def test_steps_are_followed_through_the_training(teacher: nn.Module, tmp_path: Path) -> None:
+    report = dfqlib.quantize(teacher, (1, 16, 16), "w3a3", images=16, synthesis_steps=2, steps=20, progress=False)
+    found = diagnose(report)
+    assert set(found.step_history) == set(found.steps)
+    for name, history in found.step_history.items():
+        assert (history[0], len(history)) == (1.0, 3)
+        assert history[-1] == pytest.approx(found.steps[name], rel=1e-5)
+    found.figure().savefig(tmp_path / "figure.png")
 
 
 def test_dead_channels_are_counted(images: Tensor) -> None:

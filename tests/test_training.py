@@ -117,11 +117,19 @@ def test_no_checkpoint_holds_what_a_broken_loss_made(tmp_path: Path) -> None:
     assert set(phases) == {"first"}
 
 
-def test_the_check_of_a_phase_is_called_at_every_look() -> None:
+def test_what_the_check_of_a_phase_finds_is_kept_at_every_look() -> None:
     calls: list[int] = []
+
+    def look() -> dict[str, float]:
+        calls.append(1)
+        return {"conv": len(calls) / 2}
+
     session = Session(progress=False)
-    session.loop("p", 25, lambda n: {"loss": torch.tensor(0.0)}, {}, lambda: calls.append(1))
+    session.loop("p", 25, lambda n: {"loss": torch.tensor(0.0)}, {}, look)
     assert len(calls) == 3
+    assert session.steps == [
+        {"phase": "p", "step": step, "conv": value} for step, value in ((10, 0.5), (20, 1.0), (25, 1.5))
+    ]
 
 
 def test_every_phase_has_random_numbers_of_its_own_whatever_came_before() -> None:

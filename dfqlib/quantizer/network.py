@@ -182,14 +182,23 @@ def calibrate(network: nn.Module, images: Tensor, method: str = "mse", lower_bou
     set_mode(network, "quantize")
 
 
-def check_steps(network: nn.Module) -> None:
-    """Raise InputError naming the quantizer whose learned step has reached zero or below (or is not a number)."""
+def check_steps(network: nn.Module) -> dict[str, float]:
+    """The step of each quantizer by name, the mean over its channels, after a look at their sign.
+
+    Raises:
+        InputError: names the quantizer whose learned step has reached zero or below, or is not a number.
+    """
+    steps = {}
     for name, quantizer in quantizers(network):
-        if isinstance(quantizer, StepQuantizer) and not bool((quantizer.step > 0).all()):
+        if not isinstance(quantizer, StepQuantizer):
+            continue
+        steps[name] = float(quantizer.step.detach().mean())
+        if not bool((quantizer.step > 0).all()):
             raise InputError(
                 f"the step of {name} became {quantizer.step.min().item():.3g}, but a step must stay positive: "
                 "lower the step learning rate, or raise the lower bound of its threshold"
             )
+    return steps
 
 
 def parameter_groups(network: nn.Module, lr: float, step_lr: float) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from torch import nn
 
 from dfqlib import batchnorm, convolution
 from dfqlib.errors import InputError
+from dfqlib.recipes import _given
 from dfqlib.recipes.base import ImageShape, Outcome, Report, Task, check_network, override, prepare_teacher
 from dfqlib.spec import QuantSpec
 from dfqlib.training import Session
@@ -46,7 +47,7 @@ def quantize(
     checkpoint: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Report:
-    """Quantize a trained classifier without data.
+    """Quantize a trained classifier without data (or, to compare with, with data: see ``images=``).
 
     Args:
         model: any classifier called with images (batch, channels, height, width); left untouched.
@@ -58,7 +59,8 @@ def quantize(
         device: where to run; None for where the model is.
         progress: show progress bars.
         checkpoint: file to save progress to and to resume from.
-        **settings: fields of the recipe's ``Settings`` to change, such as ``steps=1000``.
+        **settings: fields of the recipe's ``Settings`` to change, such as ``steps=1000``; ``images=`` with real images
+            for the recipes "real" and "calibrate".
 
     Returns:
         A Report; ``report.model`` is the fake-quantized network in eval mode.
@@ -151,6 +153,7 @@ class _Run:
             settings=settings,
             calibrated=outcome.calibrated,
             interrupted=session.interrupted,
+            steps=session.steps,
         )
 
     def _record(self, device: torch.device) -> dict[str, Any]:
@@ -161,7 +164,7 @@ class _Run:
             "model": f"{type(self.model).__name__} {_fingerprint(self.model)}",
             "image_shape": list(self.image_shape),
             **self.subject,
-            **dataclasses.asdict(self.chosen),
+            **_given.described(self.chosen),
             "device": str(device),
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),  # a plain string, which a file can hold without code

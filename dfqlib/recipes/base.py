@@ -47,7 +47,7 @@ class Outcome:
 
     Attributes:
         model: the student, quantized or smaller.
-        images: the synthetic images it was tuned on, (N, C, H, W).
+        images: the synthetic or given images it was tuned on, (N, C, H, W).
         calibrated: the quantized network before fine-tuning; None for a smaller student.
     """
 
@@ -62,12 +62,14 @@ class Report:
 
     Attributes:
         model: the student in eval mode; for ``quantize`` fake-quantized, with the teacher's layer names.
-        images: the synthetic images, (N, C, H, W), in the teacher's normalized space.
+        images: the synthetic images, or those that were given, (N, C, H, W), in the teacher's normalized space.
         history: a row per look at the losses, ready for a DataFrame.
         seconds: wall time.
-        settings: everything needed to run it again: recipe, budget, seed, widths, the recipe's settings, versions.
+        settings: everything needed to run it again: recipe, budget, seed, widths, the recipe's settings, versions;
+            of images that were given, their shape and a digest.
         calibrated: the quantized network before fine-tuning, or None.
         interrupted: Ctrl-C ended the run early; ``model`` is as far as it came.
+        steps: a row per look at the quantizers' steps while they are trained, the mean over channels by quantizer.
     """
 
     model: nn.Module
@@ -77,6 +79,7 @@ class Report:
     settings: dict[str, Any]
     calibrated: nn.Module | None = field(default=None, repr=False)
     interrupted: bool = False
+    steps: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
 def prepare_teacher(model: nn.Module, image_shape: ImageShape, device: torch.device) -> tuple[nn.Module, int]:
