@@ -19,6 +19,34 @@ NETWORKS = {
     "cifar100_resnet20": "ResNet-20, CIFAR-100 (not in the library)",
 }
 
+MATRIX = {
+    "cifar10_w4a4": "W4A4, ends 8 bits",
+    "cifar10_w3a3": "W3A3, ends 8 bits",
+    "cifar10_w4a4_all": "W4A4, all layers",
+    "cifar10_w3a3_all": "W3A3, all layers",
+}
+IDEA_CASES = {name: MATRIX[name] for name in ("cifar10_w4a4", "cifar10_w3a3")}
+ROWS = {
+    ("real", ""): "`real`: 1,024 training images, the ceiling",
+    ("express", ""): "`express`, ours",
+    ("gdfq", ""): "`gdfq`",
+    ("dfqf", ""): "`dfqf`",
+    ("akd", ""): "`akd`",
+    ("deepinversion", ""): "`deepinversion`",
+    ("dafl", ""): "`dafl`",
+    ("dfad", ""): "`dfad`",
+    ("dsg", ""): "`dsg`, fine-tuned",
+    ("dsg", "adaround"): "`dsg`, AdaRound",
+    ("dsg", "calibrate"): "`dsg`, ranges only",
+    ("zeroq", ""): "`zeroq`, ranges only",
+    ("equalize", ""): "`equalize`, no training",
+    ("calibrate", "mse"): "`calibrate`, MSE",
+    ("calibrate", "aciq"): "`calibrate`, ACIQ",
+    ("calibrate", "kl"): "`calibrate`, KL",
+    ("calibrate", "max"): "`calibrate`, MAX",
+}
+"""(recipe, variant) -> what the table calls it, from the most to the least that is trained."""
+
 
 def _spread(summary: dict[str, Any], key: str) -> str:
     mean, deviation = summary[key], summary.get(f"{key}_std")
@@ -28,12 +56,14 @@ def _spread(summary: dict[str, Any], key: str) -> str:
 
 def accuracy(recipe: str) -> str:
     """One row per case of results/accuracy_<recipe>.json."""
-    cases = json.loads((ROOT / "results" / f"accuracy_{recipe}.json").read_text())["cases"]
+    cases = _cases(recipe)
     lines = [
         "| network | bits | protocol | FP32 | calibrated only | fine-tuned | difference | seconds | peak memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in cases.values():
+        if entry.get("variant"):
+            continue
         case, summary = entry["case"], entry["summary"]
         cells = [
             f"{NETWORKS[case['network']]}, {summary['images']:,} images",
@@ -48,6 +78,48 @@ def accuracy(recipe: str) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def recipes() -> str:
+    """One row per recipe and variant, a column per widths and protocol: the difference from the teacher in points."""
+    lines = [
+        "| recipe | " + " | ".join(MATRIX.values()) + " | CPU seconds | peak memory |",
+        "|---|" + "---|" * (len(MATRIX) + 2),
+    ]
+    for (recipe, variant), name in ROWS.items():
+        entries = [_cases(recipe).get(":".join(filter(None, (case, variant)))) for case in MATRIX]
+        summaries = [entry["summary"] for entry in entries if entry]
+        if not summaries:
+            continue
+        cells = [_spread(entry["summary"], "difference") if entry else "" for entry in entries]
+        seconds = [summary["cpu_seconds"] for summary in summaries if "cpu_seconds" in summary]
+        cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "")
+        cells.append(f"{max(summary['peak_gb'] for summary in summaries):.2f} GB")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ideas() -> str:
+    """The four later ideas, each alone: the difference from express without it, run by run (paired by seed)."""
+    lines = ["| express with | " + " | ".join(IDEA_CASES.values()) + " |", "|---|" + "---|" * len(IDEA_CASES)]
+    cases = _cases("express")
+    for variant in dict.fromkeys(entry["variant"] for entry in cases.values() if entry.get("variant")):
+        cells = []
+        for case in IDEA_CASES:
+            if f"{case}:{variant}" not in cases:
+                cells.append("")
+                continue
+            plain = {run["settings"]["seed"]: run["top1"] for run in cases[case]["runs"]}
+            runs = cases[f"{case}:{variant}"]["runs"]
+            gains = [run["top1"] - plain[run["settings"]["seed"]] for run in runs]
+            cells.append(f"{statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f}")
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cases(recipe: str) -> dict[str, Any]:
+    path = ROOT / "results" / f"accuracy_{recipe}.json"
+    return json.loads(path.read_text())["cases"] if path.exists() else {}
 
 
 def export() -> str:
@@ -89,9 +161,11 @@ def _speedups(runs: list[dict[str, Any]], batch: str) -> str:
 def written(text: str) -> str:
     """The README's text with every table made anew."""
 
+    made = {"export": export, "recipes": recipes, "ideas": ideas}
+
     def table(match: re.Match[str]) -> str:
         name = match[1]
-        return f"<!-- results: {name} -->\n{export() if name == 'export' else accuracy(name)}\n<!-- end -->"
+        return f"<!-- results: {name} -->\n{made[name]() if name in made else accuracy(name)}\n<!-- end -->"
 
     return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
