@@ -15,6 +15,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from dfqlib.errors import InputError
 
 RECIPES_WITHOUT_BATCHNORM = ("dafl", "dfad", "equalize")
+RECIPES_WITH_IMAGES = ("calibrate", "real")
+"""Need none either, given real images."""
 
 
 class _BatchStatistics(torch.autograd.Function):
@@ -180,8 +182,12 @@ def require(model: nn.Module, recipe: str) -> None:
         InputError: it has none; the message names the recipes that need none.
     """
     if not layers(model):
-        others = ", ".join(repr(name) for name in RECIPES_WITHOUT_BATCHNORM)
-        raise InputError(f"recipe={recipe!r} reads BatchNorm statistics and model has none: use one of {others}")
+        others = ", ".join(map(repr, RECIPES_WITHOUT_BATCHNORM))
+        given = " or ".join(map(repr, RECIPES_WITH_IMAGES))
+        raise InputError(
+            f"recipe={recipe!r} reads BatchNorm statistics and model has none: use one of {others}, or with real "
+            f"images= {given}"
+        )
 
 
 def _stay_in_eval(layer: nn.Module, _: object) -> None:

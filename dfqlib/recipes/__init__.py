@@ -97,7 +97,7 @@ def distill(
         student: an untrained network with as many classes; left untouched, its trained copy is ``report.model``.
         image_shape: (channels, height, width) of the images the teacher was trained on.
         recipe: one that distils, such as "dfqf".
-        budget, seed, device, progress, checkpoint, **settings: as for ``quantize``.
+        budget, seed, device, progress, checkpoint, settings: as for ``quantize``.
 
     Raises:
         InputError, NonFiniteError: as ``quantize``.

@@ -53,6 +53,13 @@ class Tuning(Protocol):
     def bf16(self) -> bool: ...
 
 
+class QuantizedTuning(Tuning, Protocol):
+    """The same with ``integer_share``: of the last steps, in which the student computes in integers."""
+
+    @property
+    def integer_share(self) -> float: ...
+
+
 def fine_tune(
     task: Task,
     student: nn.Module,

@@ -94,7 +94,9 @@ def synthesize(task: Task, settings: Settings) -> Tensor:
     )  # fmt: skip
 
 
-def fine_tune(task: Task, student: nn.Module, images: Tensor, spec: QuantSpec, settings: Settings) -> None:
+def fine_tune(
+    task: Task, student: nn.Module, images: Tensor, spec: QuantSpec, settings: _tuning.QuantizedTuning
+) -> None:
     """Bring ``student`` close to the teacher on mixtures of ``images``, in place."""
     first_integer_step = settings.steps - round(settings.integer_share * settings.steps)
     if settings.integer_share:
