@@ -32,7 +32,7 @@ def simulate(network: nn.Module) -> fx.GraphModule:
     channels of negative BatchNorm gain, whose most negative weight code has no positive twin.
 
     Args:
-        network: what ``quantize_layers`` made of a model: symmetric scheme, calibrated, and then ``prepare``d.
+        network: what ``quantize_layers`` made of a model: symmetric scheme, calibrated, and after ``prepare``.
 
     Raises:
         InputError: something has no integer form, or no range; names it and says what to do.
