@@ -5,6 +5,7 @@ Taught in notebook 11.
 
 import copy
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from dfqlib.errors import InputError
 from dfqlib.evaluate import agreement, predict, sqnr
 from dfqlib.export.verify import float_network
-from dfqlib.quantizer import StepQuantizer, quantizers
+from dfqlib.quantizer import Quantizer, StepQuantizer, quantizers
 
 POOR_SQNR = 10.0
 """Decibels below which a layer's output is more noise than its next layer can use."""
@@ -195,16 +196,16 @@ def diagnose(report: Run, images: Tensor | None = None) -> Diagnosis:
     )
 
 
-def _usual_widths(found: dict[str, nn.Module]) -> str:
+def _usual_widths(found: Mapping[str, Quantizer]) -> str:
     """The widths that most weights and most activations have."""
     widths: dict[bool, list[int]] = {True: [], False: []}
     for name, quantizer in found.items():
-        widths[name.endswith("weight_quantizer")].append(int(quantizer.bits))  # type: ignore[arg-type]
+        widths[name.endswith("weight_quantizer")].append(quantizer.bits)
     weights, activations = (statistics.mode(widths[kind] or [8]) for kind in (True, False))
     return f"w{weights}a{activations}"
 
 
-def _step_history(rows: list[dict[str, Any]], before: dict[str, nn.Module]) -> dict[str, list[float]]:
+def _step_history(rows: list[dict[str, Any]], before: Mapping[str, Quantizer]) -> dict[str, list[float]]:
     """Each step at each look as a share of what calibration set."""
     history = {}
     for name, quantizer in before.items():

@@ -18,11 +18,12 @@ from dfqlib.quantizer.network import (
     quantize_layers,
     quantizers,
     set_mode,
+    use_compiler,
 )
 from dfqlib.spec import QuantSpec, integer_range
 
 __all__ = [
     "AffineQuantizer", "QuantConv2d", "QuantLinear", "QuantSpec", "Quantizer", "StepQuantizer", "affine_quantize",
     "calibrate", "check_steps", "fake_quantize", "integer_range", "parameter_groups", "quantize_layers", "quantizers",
-    "set_mode",
+    "set_mode", "use_compiler",
 ]  # fmt: skip
