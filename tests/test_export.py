@@ -112,11 +112,21 @@ class WholeConv(nn.Module):
         return torch.flatten(F.adaptive_avg_pool2d(self.layers(x), 1), 1)
 
 
+class Arithmetic(Mobile):
+    """A hard swish written out, and numbers on either side of an operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x * F.relu6(x + 3) / 6
+        return self.head(1 - 0.5 * self.linear(-x))
+
+
 NETWORKS: dict[str, tuple[type[nn.Module], Shape]] = {
     "residual": (Residual, (3, 8, 8)),
     "gated": (Gated, (3, 8, 8)),
     "branches": (Branches, (3, 8, 8)),
     "whole_conv": (WholeConv, (3, 6, 6)),
+    "arithmetic": (Arithmetic, (3, 8, 8)),
 }
 
 

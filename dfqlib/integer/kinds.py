@@ -13,6 +13,9 @@ from dfqlib.quantizer import QuantConv2d, QuantLinear
 LAYERS: set[Any] = {QuantConv2d, QuantLinear}
 ADDS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
 PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+DIFFERENCES: set[Any] = {operator.sub, operator.truediv, torch.sub, torch.div, "sub", "div"}
+ARITHMETIC = ADDS | PRODUCTS | DIFFERENCES
+"""With a number on one side they are functions of one tensor."""
 MEANS: set[Any] = {torch.mean, "mean"}
 ADAPTIVE: set[Any] = {nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d}
 AVERAGES: set[Any] = {nn.AvgPool2d, F.avg_pool2d, *ADAPTIVE, *MEANS}
@@ -40,4 +43,7 @@ ELEMENTWISE |= {
     "sigmoid",
     "tanh",
     "abs",
+    operator.neg,
+    torch.neg,
+    "neg",
 }

@@ -83,16 +83,17 @@ class Lowering:
             self._layer(node)
         elif _is_batch_norm(node):
             self._write_layer(node, None, node)
+        elif kind in kinds.ELEMENTWISE or (kind in kinds.ARITHMETIC and _has_number(node)):
+            (tensor,) = node.all_input_nodes
+            source, grid = self._codes(tensor)
+            function = graph.module_of(node) if node.op == "call_module" else Function(node)
+            self._write(node, Table(function, self.grid(grid), self._target(node)), source)
         elif kind in kinds.ADDS:
             self._combine(node, IntegerAdd)
         elif kind in kinds.PRODUCTS:
             self._combine(node, IntegerProduct)
         elif kind in kinds.AVERAGES:
             self._average(node, kind)
-        elif kind in kinds.ELEMENTWISE:
-            source, grid = self._codes(node.args[0])
-            function = graph.module_of(node) if node.op == "call_module" else Function(node)
-            self._write(node, Table(function, self.grid(grid), self._target(node)), source)
         elif kind in kinds.NOTHING or getattr(kind, "__name__", "") in kinds.NOTHING_BY_NAME:
             self.values[node] = self.values[node.args[0]]  # type: ignore[index]
         elif kind in graph.RELU:
@@ -265,6 +266,10 @@ class Lowering:
 
     def _write(self, node: fx.Node, module: nn.Module, *args: fx.Node) -> None:
         self.values[node] = self._call(node.name, module, *args), self._stored(node)
+
+
+def _has_number(node: fx.Node) -> bool:
+    return len(node.args) == 2 and any(isinstance(term, int | float) for term in node.args)
 
 
 def _is_batch_norm(node: fx.Node) -> bool:

@@ -163,7 +163,9 @@ class Function(nn.Module):
     def __init__(self, node: fx.Node) -> None:
         super().__init__()
         self.function: Any = node.target if callable(node.target) else getattr(torch, node.target)
-        self.rest, self.options = node.args[1:], dict(node.kwargs)
+        place = next(place for place, argument in enumerate(node.args) if isinstance(argument, fx.Node))
+        self.before, self.after = node.args[:place], node.args[place + 1 :]
+        self.options = dict(node.kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.rest, **self.options)
+        return self.function(*self.before, x, *self.after, **self.options)
