@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_args
 import dfqlib
 from dfqlib import command, models, recipes, spec
 from dfqlib.errors import InputError
+from dfqlib.rerun import command as rerun
 
 EXAMPLES = """\
 examples:
@@ -23,6 +24,8 @@ examples:
       an architecture of yours: build() in mynet.py makes the network
   dfqlib export q.pt --output q.onnx --evaluate digits
       that network as integers for ONNX Runtime; quantize --output q.onnx does both
+  dfqlib rerun notebooks/07_w4a4_fine_tuning.ipynb -p bits w3a3 --output out
+      a lesson with a parameter of yours; "dfqlib rerun --help" has more
 
 The result is read back in Python with dfqlib.load_quantized("q.pt").
 Exit codes: 0 done, 2 an argument cannot be used (nothing is written), 130 Ctrl-C (what was done is written).
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit code: 0, 2 for an input that cannot be used, 130 for Ctrl-C.
+        The exit code: 0, 1 for a notebook that failed, 2 for an input that cannot be used, 130 for Ctrl-C.
     """
     try:
         options = _parser().parse_args(argv)
@@ -77,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=command.export)
     _add_export(export)
+    notebook = commands.add_parser(
+        "rerun", help="run a lesson with parameters of your own", epilog=rerun.EXAMPLES, formatter_class=style
+    )
+    notebook.set_defaults(run=rerun.rerun)
+    rerun.add_arguments(notebook)
     listing = commands.add_parser("models", help="list the networks with known checkpoints")
     listing.set_defaults(run=command.list_models)
     listing = commands.add_parser("recipes", help="list the recipes and their settings")

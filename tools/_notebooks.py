@@ -1,17 +1,15 @@
-"""What running the notebooks headless has in common: which ones, and in which environment."""
+"""What the tools have in common: which notebooks there are, and which code their outputs come from."""
 
 from __future__ import annotations
 
-import os
-import sys
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
-KERNEL = "python3"
 CELL_TIMEOUT = 300  # seconds, as for nbval
-QUIET_KERNEL = ["--log-level=CRITICAL"]  # without its own remarks between our lines
 
 
 def find_notebooks(paths: Sequence[Path]) -> dict[str, Path]:
@@ -44,11 +42,11 @@ def find_notebooks(paths: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def fix_environment() -> None:
-    """Make kernels start from this interpreter's environment, with one thread.
+def code_cells(notebook: Any) -> list[Any]:
+    """The code cells of a notebook, in order."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
-    Outputs must not depend on the number of cores, and a ``python3`` kernel that is registered elsewhere on
-    the machine must not be taken for ours.
-    """
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
+
+def code_digest(notebook: Any) -> str:
+    """Sixteen digits that change with any code cell; kept in a refreshed notebook, they tell which code was run."""
+    return hashlib.sha256("\0".join(cell.source for cell in code_cells(notebook)).encode()).hexdigest()[:16]

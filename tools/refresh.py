@@ -1,29 +1,35 @@
 """Run the notebooks again in place and keep the new outputs: `make refresh`.
 
     python tools/refresh.py [NOTEBOOK or FOLDER ...]
+    python tools/refresh.py --check     change nothing; name the cells whose outputs are not those of the code
 
 One thread, a fresh kernel each, default parameters; nothing that differs between two runs of the same code is
-kept (timings of cells, identifiers of widgets). A notebook that fails is left as it was. Exit code: 0, or 1.
+kept (timings of cells, identifiers of widgets). A notebook that fails is left as it was. Exit code: 0; 1 when a
+notebook failed or, with --check, is stale; 2 for wrong arguments.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import nbformat
-from _notebooks import CELL_TIMEOUT, KERNEL, QUIET_KERNEL, find_notebooks, fix_environment
+from _compare import stale_cells
+from _notebooks import CELL_TIMEOUT, code_digest, find_notebooks
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+from dfqlib.rerun.execution import KERNEL, QUIET_KERNEL, fix_environment
+from dfqlib.training import written_whole
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
-def refresh(path: Path) -> None:
-    """Execute one notebook in the folder it lies in and write it back, whole or not at all."""
+def execute(path: Path) -> Any:
+    """The notebook with the outputs of a run in the folder it lies in."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook,
@@ -37,15 +43,14 @@ def refresh(path: Path) -> None:
     ).execute()
     tidy(notebook)
     nbformat.validate(notebook)
-    partial = path.with_suffix(".partial")
-    nbformat.write(notebook, partial)
-    os.replace(partial, path)
+    return notebook
 
 
-def tidy(notebook: nbformat.NotebookNode) -> None:
+def tidy(notebook: Any) -> None:
     """Keep of the metadata what a reader or a tool needs, and nothing that changes from run to run."""
     notebook.metadata = nbformat.from_dict(
         {
+            "dfqlib": {"code": code_digest(notebook)},
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": KERNEL},
             "language_info": {"name": "python"},
         }
@@ -58,26 +63,42 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Refresh what the command line names; return the exit code."""
+    """Refresh or check what the command line names; return the exit code."""
     parser = argparse.ArgumentParser(description="Run notebooks in place and keep the new outputs.")
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks or folders (default: notebooks/)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--check", action="store_true", help="change nothing; name the stale notebooks and cells")
+    parser.add_argument(
+        "--exact", action="store_true", help="with --check: every byte, on the machine that made the outputs"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    if options.exact and not options.check:
+        parser.error("--exact needs --check")
     try:
         notebooks = find_notebooks(options.paths)
     except FileNotFoundError as error:
         parser.error(str(error))
     fix_environment()
-    failed = False
-    for name, path in notebooks.items():
-        start = time.perf_counter()
-        try:
-            refresh(path)
-        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-            failed = True
-            print(f"FAILED {name}, left as it was\n{error}", flush=True)
-        else:
-            print(f"{name} {time.perf_counter() - start:.1f} s", flush=True)
-    return int(failed)
+    found = [treat(name, path, options.check, options.exact) for name, path in notebooks.items()]
+    return int(not all(found))
+
+
+def treat(name: str, path: Path, check: bool, exact: bool) -> bool:
+    """Refresh or check one notebook and say how it went."""
+    start, cells = time.perf_counter(), list[str]()
+    try:
+        notebook = execute(path)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        print(f"FAILED {name}{'' if check else ', left as it was'}\n{error}", flush=True)
+        return False
+    if check:
+        cells = list(stale_cells(nbformat.read(path, as_version=4), notebook, exact=exact))
+    else:
+        with written_whole(path) as temporary:
+            nbformat.write(notebook, temporary)
+    print(f"{'STALE ' if cells else ''}{name} {time.perf_counter() - start:.1f} s", flush=True)
+    for cell in cells:
+        print(f"  {cell}", flush=True)
+    return not cells
 
 
 if __name__ == "__main__":
