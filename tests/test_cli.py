@@ -179,7 +179,7 @@ def test_ctrl_c_writes_what_is_done_and_the_same_command_goes_on(
     assert dfq(*DIGITS, "--output", whole).code == 0
     cutmix = _tuning.cutmix
 
-    def pressed(images: torch.Tensor) -> torch.Tensor:
+    def pressed(images: torch.Tensor) -> tuple[torch.Tensor, float]:
         os.kill(os.getpid(), signal.SIGINT)
         return cutmix(images)
 

@@ -101,9 +101,10 @@ def test_cutmix_takes_one_box_from_another_image() -> None:
     torch.manual_seed(0)
     shares = []
     for _ in range(200):
-        mixed = _tuning.cutmix(images)
+        mixed, own = _tuning.cutmix(images)
         assert torch.equal(mixed[0] + mixed[1], torch.full(SHAPE, 3.0))
         shares.append(float((mixed[0] == 2.0).float().mean()))
+        assert own == pytest.approx(1 - shares[-1])
     assert 0.4 < sum(shares) / len(shares) < 0.6
 
 

@@ -3,6 +3,13 @@
 from dfqlib.losses.images import (
     total_variation_loss,
 )
+from dfqlib.losses.later import (
+    adaptability_loss,
+    attention_loss,
+    difficulty,
+    hard_sample_loss,
+    trusted_labels,
+)
 from dfqlib.losses.objectives import (
     akd_generator_loss,
     akd_prior_loss,
@@ -39,9 +46,11 @@ from dfqlib.losses.statistics import (
 
 __all__ = [
     "SlackMargin",
+    "adaptability_loss",
     "adversarial_loss",
     "akd_generator_loss",
     "akd_prior_loss",
+    "attention_loss",
     "batch_entropy",
     "bn_divergence_loss",
     "bn_gaussian_kl_loss",
@@ -52,9 +61,11 @@ __all__ = [
     "deep_inversion_loss",
     "dfad_loss",
     "dfqf_generator_loss",
+    "difficulty",
     "distillation_loss",
     "gdfq_generator_loss",
     "gdfq_student_loss",
+    "hard_sample_loss",
     "inception_score_loss",
     "label_loss",
     "layerwise_enhancement",
@@ -63,5 +74,6 @@ __all__ = [
     "slack_bn_loss",
     "slack_margins",
     "total_variation_loss",
+    "trusted_labels",
     "zeroq_loss",
 ]

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -9,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib import losses, quantizer, synthesis
+from dfqlib.errors import InputError
+from dfqlib.recipes._additions import Features, perturbed
 from dfqlib.recipes.base import Task, descend
 from dfqlib.spec import QuantSpec
 from dfqlib.training import Stateful, mixed_precision
@@ -18,6 +22,7 @@ RULES = {
     "temperature": (1e-3, math.inf), "cutmix": (0, 1), "shift": (0, math.inf),
 }  # fmt: skip
 """Smallest and largest value of the settings below, for ``check_settings``."""
+QUANTIZED_RULES = {**RULES, "integer_share": (0, 1), "perturbation": (0, math.inf), "alignment": (0, math.inf)}
 
 
 class Tuning(Protocol):
@@ -54,10 +59,46 @@ class Tuning(Protocol):
 
 
 class QuantizedTuning(Tuning, Protocol):
-    """The same with ``integer_share``: of the last steps, in which the student computes in integers."""
+    """The same for a quantized student.
+
+    Attributes:
+        integer_share: share of the last steps in which the student computes in integers.
+        perturbation, alignment: see ``Additions``.
+    """
 
     @property
     def integer_share(self) -> float: ...
+    @property
+    def perturbation(self) -> float: ...
+    @property
+    def alignment(self) -> float: ...
+
+
+def check_acting(settings: QuantizedTuning, *names: str) -> None:
+    """Raise InputError for the first of these settings that is above 0 although there are no steps for it to act in."""
+    for name in names:
+        if getattr(settings, name) and settings.steps == 0:
+            raise InputError(f"{name}={getattr(settings, name)} acts in fine-tuning, and steps=0 leaves none; drop one")
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What later papers add to the loss of a step; nothing by default.
+
+    Attributes:
+        labels: what each image shows, probabilities times the weight of their cross-entropy, shape (N, classes), rows
+            of zeros where that is not to be learned (SynQ). CutMix mixes them by area, as in its paper.
+        perturbation: step up the loss that each batch takes before it is learned (HAST, whose code learns the batch as
+            it was, too).
+        alignment: weight of the channel attention's distance from the teacher's (HAST).
+    """
+
+    labels: Tensor | None = None
+    perturbation: float = 0.0
+    alignment: float = 0.0
+
+
+NOTHING = Additions()
 
 
 def fine_tune(
@@ -69,6 +110,7 @@ def fine_tune(
     *,
     phase: str = "fine-tuning",
     network_at: Callable[[int], nn.Module] | None = None,
+    additions: Additions = NOTHING,
 ) -> None:
     """Bring ``student`` close to the teacher on mixtures of ``images``, in place; its mode stays as it is.
 
@@ -80,37 +122,62 @@ def fine_tune(
         lr: peak learning rate.
         phase: name in the history.
         network_at: what computes the student's logits at a step, where that is not ``student`` itself.
+        additions: further terms; ``alignment`` rests where ``network_at`` gives another network, which has no BatchNorm
+            layers.
     """
     adam = torch.optim.Adam(quantizer.parameter_groups(student, lr, lr * settings.step_lr))
     peaks = [group["lr"] for group in adam.param_groups]
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, peaks, total_steps=max(settings.steps, 1))
 
-    def step(index: int) -> dict[str, Tensor]:
-        network = student if network_at is None else network_at(index)
-        chosen = images[torch.randint(len(images), (settings.batch,))]
-        batch = synthesis.shift_and_flip(chosen, settings.shift, settings.flip)
-        if torch.rand(()) < settings.cutmix:
-            batch = cutmix(batch)
+    def loss_of(network: nn.Module, labels: Tensor | None, batch: Tensor) -> Tensor:
         with mixed_precision(task.device, settings.bf16):
-            with torch.no_grad():
+            with torch.set_grad_enabled(batch.requires_grad):
                 target = task.teacher(batch)
             logits = network(batch)
         loss = losses.distillation_loss(logits.float(), target.float(), settings.temperature)
+        if labels is not None:
+            loss = loss + losses.label_loss(logits.float(), labels)
+        if features:
+            theirs, ours = (seen.take() for seen in features)
+            if network is student:
+                loss = loss + additions.alignment * losses.attention_loss(ours, theirs)
+        return loss
+
+    def step(index: int) -> dict[str, Tensor]:
+        network = student if network_at is None else network_at(index)
+        rows = torch.randint(len(images), (settings.batch,))
+        batch, own = synthesis.shift_and_flip(images[rows], settings.shift, settings.flip), 1.0
+        if torch.rand(()) < settings.cutmix:
+            batch, own = cutmix(batch)
+        labels = None if additions.labels is None else additions.labels[rows]
+        if labels is not None:
+            labels = own * labels + (1 - own) * labels.flip(0)
+        goal = partial(loss_of, network, labels)
+        if additions.perturbation:
+            batch = perturbed(batch, goal, additions.perturbation)
+        loss = goal(batch)
         descend(adam, loss)
         cycle.step()
         return {"loss": loss}
 
     state: dict[str, Stateful] = {"student": student, "optimizer": adam, "schedule": cycle}
-    task.session.loop(phase, settings.steps, step, state, partial(quantizer.check_steps, student))
+    with ExitStack() as watched:
+        networks = (task.teacher, student) if additions.alignment else ()
+        features = [watched.enter_context(Features(network)) for network in networks]
+        task.session.loop(phase, settings.steps, step, state, partial(quantizer.check_steps, student))
 
 
 def peak_lr(lr: float, spec: QuantSpec) -> float:
-    """The learning rate at 4 bits, doubled with each bit fewer."""
+    """The learning rate at 4 bits, doubled with each bit fewer, of weights or activations, whichever has fewer."""
     return lr * 2.0 ** (4 - min(4, spec.weight_bits, spec.activation_bits))
 
 
-def cutmix(images: Tensor) -> Tensor:
-    """Replace a random box of each image by that of another; its area is uniform in 0 ... 1 (CutMix, Yun et al.)."""
+def cutmix(images: Tensor) -> tuple[Tensor, float]:
+    """Replace a random box of each image by that of another; its area is uniform in 0 ... 1 (CutMix, Yun et al.).
+
+    Returns:
+        The images, of which image n has its box from image -1 - n, and the share of the area that is an image's own.
+    """
     height, width = images.shape[2:]
     share = float(torch.rand(())) ** 0.5
     tall, wide = round(height * share), round(width * share)
@@ -118,4 +185,4 @@ def cutmix(images: Tensor) -> Tensor:
     left = int(torch.randint(width - wide + 1, ()))
     mixed = images.clone()
     mixed[:, :, top : top + tall, left : left + wide] = images.flip(0)[:, :, top : top + tall, left : left + wide]
-    return mixed
+    return mixed, 1 - tall * wide / (height * width)

@@ -36,7 +36,7 @@ class Settings:
         temperature: of the distillation loss.
         cutmix: share of fine-tuning batches in which a box of each image comes from another.
         shift: largest random shift in pixels; flip: random mirroring.
-        integer_share: share of the last steps in which the student computes in integers, as express's.
+        integer_share, perturbation, alignment: as express's.
         bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
     """
 
@@ -51,10 +51,13 @@ class Settings:
     shift: int = 2
     flip: bool = True
     integer_share: float = 0.0
+    perturbation: float = 0.0
+    alignment: float = 0.0
     bf16: bool = True
 
     def __post_init__(self) -> None:
-        check_settings(self, calibration_images=(1, math.inf), integer_share=(0, 1), **_tuning.RULES)
+        check_settings(self, calibration_images=(1, math.inf), **_tuning.QUANTIZED_RULES)
+        _tuning.check_acting(self, "perturbation", "alignment")
         if self.images is not None:
             _given.check(self.images)
 
