@@ -1,7 +1,10 @@
 # make tutorial   run every notebook, write build/tutorial/index.html
 # make test       lint, types, unit tests, notebooks against their committed outputs
 # make lab        open the notebooks in JupyterLab
+# make site       the lessons as they were committed, and the reference, as build/site/index.html
 # make refresh    run the notebooks again in place and keep the new outputs
+# make browser    install a Chromium for the test in JupyterLab, where there is none
+# make binder     set up what Binder would, in a new environment, and check it
 #
 # Each makes .venv first. Another interpreter: make test PYTHON=python3.12
 # Parameters of the notebooks: make tutorial ARGS="-p bits w2a2"
@@ -10,9 +13,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.stamp
 EXTRAS := notebooks,export,test,dev
+MORE_STAMP := .venv/.stamp-more
+MORE_EXTRAS := browser,site
 AT_LEAST_3_11 := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help install tutorial test lab refresh clean
+.PHONY: help install tutorial test lab site refresh browser binder clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -39,10 +44,18 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
+# Only `make test` and `make site` need these.
+$(MORE_STAMP): $(STAMP)
+	@echo "Installing Sphinx for the site and Playwright for the test in JupyterLab (half a minute, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(MORE_EXTRAS)]"
+	@touch $@
+
 tutorial: $(STAMP)
 	$(BIN)/python tools/tutorial.py $(ARGS)
 
-test: $(STAMP)
+# Without a person at the terminal, as in continuous integration, a missing browser is installed without asking.
+test: $(MORE_STAMP)
+	@[ -t 0 ] || $(BIN)/python tools/browser.py --install || true
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -51,8 +64,17 @@ test: $(STAMP)
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
 
+site: $(MORE_STAMP)
+	$(BIN)/python tools/website.py $(ARGS)
+
 refresh: $(STAMP)
 	$(BIN)/python tools/refresh.py $(ARGS)
+
+browser: $(MORE_STAMP)
+	$(BIN)/python tools/browser.py --install
+
+binder:
+	binder/check
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache
