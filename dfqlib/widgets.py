@@ -95,12 +95,13 @@ def slider(value: float, low: float, high: float, step: float, description: str,
     return kind(value=value, **limits, description=description, continuous_update=False, layout=layout, style=style)
 
 
-def check_parameters(given: Mapping[str, Any], allowed: Mapping[str, tuple[type, float, float]]) -> None:
-    """Refuse a lesson's numeric parameters that have the wrong type or leave their range, one line for all.
+def check_parameters(given: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse a lesson's parameters that have the wrong type or leave their range, one line for all.
 
     Args:
         given: name → value.
-        allowed: name → (int or float, smallest, largest); an int passes for a float.
+        allowed: name → (int or float, smallest, largest), where an int passes for a float; (str,) for any text; or
+            the texts to choose from.
 
     Raises:
         InputError: names each parameter that cannot be used, its value and what it may be.
@@ -108,12 +109,18 @@ def check_parameters(given: Mapping[str, Any], allowed: Mapping[str, tuple[type,
     Taught in notebook 01.
     """
     wrong = []
-    for name, (kind, low, high) in allowed.items():
-        value = given[name]
-        kinds = (int, float) if kind is float else (int,)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
-            number = "a number" if kind is float else "a whole number"
-            wrong.append(f"{name}={value!r} must be {number} from {low} to {high}")
+    for name, limits in allowed.items():
+        value, (kind, *rest) = given[name], limits
+        if isinstance(kind, str):
+            right, wish = value in limits, f"one of {', '.join(map(repr, limits))}"
+        elif kind is str:
+            right, wish = isinstance(value, str), "text, in quotes"
+        else:
+            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            right = number and rest[0] <= value <= rest[1]
+            wish = f"a {'whole ' if kind is int else ''}number from {rest[0]} to {rest[1]}"
+        if not right:
+            wrong.append(f"{name}={value!r} must be {wish}")
     if wrong:
         raise InputError("; ".join(wrong))
 

@@ -107,6 +107,19 @@ def test_a_grid_goes_on_after_a_failure_and_ends_in_one_table(rerun: Callable[..
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_input_that_a_lesson_refuses_is_one_line_in_it(rerun: Callable[..., Any], tmp_path: Path) -> None:
+    check = "from dfqlib import widgets\nwidgets.check_parameters({'seed': seed}, {'seed': (int, 0, 5)})"
+    code, out, _ = rerun(
+        write_notebook(tmp_path / "lesson.ipynb", check), "-p", "seed", 9, "--output", tmp_path / "out"
+    )
+    message = "InputError: seed=9 must be a whole number from 0 to 5"
+    assert code == 1
+    assert message in out.splitlines()
+    assert "Traceback" not in out
+    (error,) = outputs(tmp_path / "out" / "lesson.ipynb")[-1]
+    assert error.traceback == [message]
+
+
 def test_a_killed_process_costs_its_own_run_only(rerun: Callable[..., Any], tmp_path: Path) -> None:
     lesson = write_notebook(
         tmp_path / "lesson.ipynb", "print('so far')", "import os\nif seed:\n    os.kill(os.getppid(), 9)", REPORT

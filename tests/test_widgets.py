@@ -74,6 +74,15 @@ def test_parameters_of_the_wrong_type_or_size_are_named():
             widgets.check_parameters({"bits": bits, "beta": 1.0}, allowed)
 
 
+def test_parameters_that_are_no_text_or_no_known_choice_are_named():
+    allowed = {"budget": ("quick", "published"), "arch": (str,)}
+    widgets.check_parameters({"budget": "quick", "arch": ""}, allowed)
+    with pytest.raises(InputError, match="budget='huge' must be one of 'quick', 'published'; arch=7 must be text, in"):
+        widgets.check_parameters({"budget": "huge", "arch": 7}, allowed)
+    with pytest.raises(InputError, match=r"budget=\['quick'\] must be one of"):
+        widgets.check_parameters({"budget": ["quick"], "arch": ""}, allowed)
+
+
 @pytest.mark.parametrize(
     ("answer", "expected", "verdict"),
     [

@@ -121,7 +121,8 @@ def _typed(parameter: Parameter, value: Any) -> Any:
         read, _ = _literal(value.capitalize() if kind is bool else value)
     if kind is float and type(read) is int:
         read = float(read)
-    if kind is not None and (type(read) is not kind or (kind is float and not math.isfinite(read))):
+    finite = not isinstance(read, float) or math.isfinite(read)
+    if kind is not None and not (type(read) is kind and finite):
         raise InputError(f"{parameter.name}={value!r} must be {_KINDS[kind]}, as its default {parameter.default!r} is")
     return read
 
