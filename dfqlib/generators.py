@@ -107,7 +107,7 @@ class ConditionalGenerator(Generator):
     """
 
     def __init__(self, image_shape: tuple[int, int, int], classes: int, latent: int = 100) -> None:
-        super().__init__(image_shape, latent, classes, 4)
+        super().__init__(image_shape, latent, _known(classes), 4)
         self.embedding = nn.Embedding(classes, latent)
         self.trunk = _Trunk(image_shape, latent)
 
@@ -132,7 +132,7 @@ class CategoricalBatchNormGenerator(Generator):
     """
 
     def __init__(self, image_shape: tuple[int, int, int], classes: int, latent: int = 100) -> None:
-        super().__init__(image_shape, latent, classes, 4)
+        super().__init__(image_shape, latent, _known(classes), 4)
         self.embedding = nn.Embedding(classes, latent)
         self.trunk = _Trunk(image_shape, latent, classes)
 
@@ -227,6 +227,12 @@ def _embed(table: nn.Embedding, labels: Tensor) -> Tensor:
     if low < 0 or high >= classes:
         raise InputError(f"labels must be from 0 to {classes - 1}, got {low} to {high}")
     return table(labels)
+
+
+def _known(classes: int | None) -> int:
+    if classes is None:
+        raise InputError("classes=None: images by label need the number of labels, for example classes=10")
+    return classes
 
 
 def _check_image_shape(image_shape: tuple[int, int, int], multiple: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -119,3 +121,9 @@ def test_labels_that_do_not_fit() -> None:
         generator.sample(0)
     with pytest.raises(InputError, match="classes=0"):
         ConditionalGenerator(SHAPE, 0)
+
+
+@pytest.mark.parametrize("kind", [ConditionalGenerator, CategoricalBatchNormGenerator])
+def test_a_conditional_generator_needs_the_number_of_classes(kind: Any) -> None:
+    with pytest.raises(InputError, match="classes=None: images by label need the number of labels"):
+        kind(SHAPE, None)

@@ -7,8 +7,11 @@
 3. *Adaptive DeepInversion.* Each further round makes images with ``c (1 - JS(S(x), T(x)))`` in their loss as well, both
    outputs softened by tau = 3: images on which S and T differ. S goes on with all images there are.
 
-Where the released code differs: it adds an l2 norm of the images to the smoothness, of weight 3e-8 for CIFAR in the
-paper, left out here; its second set of settings, "better reconstructed images", has lr = 0.1 and c_tv = 0.001.
+Left out: the l2 norm of the images beside the smoothness, of weight 3e-8 for CIFAR in the paper and off in the
+released command. Where the released code for CIFAR differs: it shifts the images but does not mirror them
+(``flip=False``); it cuts probabilities to 0.01 ... 0.99 before it compares the two outputs; without arguments it takes
+r = 100 and lr = 0.1, with those of "the paper" r = 10 and lr = 0.05 as here, and for "better reconstructed images"
+lr = 0.1 and c_tv = 0.001.
 
 Taught in notebook 05.
 """

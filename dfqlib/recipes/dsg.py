@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dfqlib import graph, losses, rounding, synthesis
+from dfqlib import batchnorm, graph, losses, rounding, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.losses import SlackMargin
@@ -105,6 +105,7 @@ BUDGETS = {
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     """Margins, images, ranges, and what comes then."""
+    _counts(settings, len(batchnorm.layers(task.teacher)))  # refuses before any work what cannot end well
     images = diverse_images(task, settings, margins(task, settings))
     calibrated = calibrated_student(task, spec, images, method=settings.clip)
     if settings.then == "calibrate":
