@@ -168,6 +168,22 @@ def test_label_loss_takes_labels_and_mixtures() -> None:
     torch.testing.assert_close(losses.label_loss(logits, one_hot), by_hand)
 
 
+def test_one_hot_by_hand() -> None:
+    """Probabilities 1/4 and 3/4: the class that the network chooses itself costs -log 3/4, whichever it is."""
+    logits = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0]])
+    assert losses.one_hot_loss(logits).item() == pytest.approx(-math.log(0.75))
+    assert losses.one_hot_loss(_certain(1, 2)).item() == pytest.approx(0)
+
+
+def test_akd_prior_by_hand(probe: BatchNormProbe) -> None:
+    """Gaussians of mean 2 and variance 9 against (0, 1) and (1, 4); two certain images of two classes."""
+    first = (9 + 2**2) / 2 - math.log(9) / 2 - 0.5
+    second = (9 + 1**2) / (2 * 4) - math.log(9 / 4) / 2 - 0.5
+    assert losses.akd_prior_loss(_certain(0, 1), probe).item() == pytest.approx(first + second - math.log(2), rel=1e-3)
+    even = losses.akd_prior_loss(torch.zeros(2, 4), probe)  # each image undecided, the batch balanced: they cancel
+    assert even.item() == pytest.approx(first + second, rel=1e-3)
+
+
 def test_dafl_by_hand() -> None:
     features = torch.tensor([[1.0, -3.0]])
     paper = losses.dafl_loss(_certain(0, 1, 2, 3), features)
