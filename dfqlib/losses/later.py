@@ -23,7 +23,7 @@ def difficulty(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Shape (batch,), from 0 (shown with certainty) to 1.
 
-    Taught in notebook 05.
+    Taught in notebook 06.
     """
     return 0.5 * (F.softmax(logits, dim=1) - as_probabilities(logits, labels)).abs().sum(1)
 
@@ -50,7 +50,7 @@ def hard_sample_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0) -> Tens
     Raises:
         InputError: gamma is negative.
 
-    Taught in notebook 05.
+    Taught in notebook 06.
     """
     if not gamma >= 0:
         raise InputError(f"gamma={gamma} must be 0 or more, for example 2.0")
@@ -88,7 +88,7 @@ def adaptability_loss(
     Raises:
         InputError: the shapes differ, or low and high are not in order within 0 ... 1.
 
-    Taught in notebook 08.
+    Taught in notebook 06.
     """
     if student.shape != teacher.shape:
         raise InputError(f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}; give the same")

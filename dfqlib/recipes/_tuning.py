@@ -168,7 +168,7 @@ def fine_tune(
 
 
 def peak_lr(lr: float, spec: QuantSpec) -> float:
-    """The learning rate at 4 bits, doubled with each bit fewer, of weights or activations, whichever has fewer."""
+    """The learning rate at 4 bits, doubled with each bit fewer that the narrower of weights and activations has."""
     return lr * 2.0 ** (4 - min(4, spec.weight_bits, spec.activation_bits))
 
 

@@ -46,7 +46,7 @@ class Settings:
         label_weight: weight of the label cross-entropy beside the BatchNorm loss.
         shift: largest random shift in pixels; flip: random mirroring; both in synthesis and in fine-tuning.
         steps: fine-tuning steps of ``batch`` images; 0 leaves the network calibrated.
-        lr: peak learning rate of Adam's one cycle at 4 bits, doubled with each bit fewer, of weights or activations.
+        lr: peak learning rate of Adam's one cycle at 4 bits, doubled with each bit fewer (the smaller width counts).
         step_lr: learning rate of the quantizers' steps as a share of ``lr``.
         temperature: of the distillation loss.
         cutmix: share of fine-tuning batches in which a box of each image comes from another.

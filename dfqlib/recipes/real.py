@@ -31,7 +31,7 @@ class Settings:
         images: what to tune on, (N, C, H, W), normalized like the data; required.
         calibration_images: ranges are set from so many of them, spread evenly (as many as express makes).
         steps: fine-tuning steps of ``batch`` images.
-        lr: peak learning rate of Adam's one cycle at 4 bits, doubled with each bit fewer.
+        lr: peak learning rate of Adam's one cycle at 4 bits, doubled with each bit fewer (the smaller width counts).
         step_lr: learning rate of the steps as a share of ``lr``.
         temperature: of the distillation loss.
         cutmix: share of fine-tuning batches in which a box of each image comes from another.
