@@ -129,7 +129,7 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     began = time.process_time()
     report = dfqlib.quantize(teacher, shape, spec, recipe=job.recipe, **options, **changes)
     cpu_seconds = time.process_time() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "linux" else 1e9)
+    peak = peak_gb()
     result = dfqlib.compare(report.model, teacher, loader)
     calibrated = None if report.calibrated is None else dfqlib.evaluate(report.calibrated, loader)
     return {
@@ -224,6 +224,15 @@ def measured(job: Job, args: argparse.Namespace) -> bool:
     cases = json.loads(path.read_text())["cases"] if path.exists() else {}
     runs = cases.get(case_name(job, args), {"runs": []})["runs"]
     return any(run["settings"]["seed"] == job.seed for run in runs)
+
+
+def peak_gb() -> float:
+    """The most memory that this process has had; Linux's ru_maxrss would count the process that started it, too."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return float(line.split()[1]) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def processor() -> str:

@@ -5,6 +5,8 @@ Taught in notebook 07.
 
 import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +28,9 @@ def kernels() -> Kernels:
     def forward(x: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
         if not _suits(x, step):
             return PLAIN.forward(x, step, qmin, qmax)
-        return quantize(_flat(x), step.reshape(()), qmin, qmax).as_strided(x.shape, x.stride())
+        with _one_state(x):
+            flat = quantize(_flat(x), _flat(step), *_bounds(qmin, qmax, x.device))
+        return flat.as_strided(x.shape, x.stride())
 
     def backward(
         grad: Tensor, x: Tensor, step: Tensor, qmin: int, qmax: int, wants_step: bool
@@ -35,7 +39,9 @@ def kernels() -> Kernels:
             return PLAIN.backward(grad, x, step, qmin, qmax, wants_step)
         if grad.stride() != x.stride():
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
-        grad_x, grad_step = differentiate(_flat(grad), _flat(x), step.reshape(()), qmin, qmax)
+        with _one_state(x):
+            bounds = _bounds(qmin, qmax, x.device)
+            grad_x, grad_step = differentiate(_flat(grad), _flat(x), _flat(step), *bounds)
         return grad_x.as_strided(x.shape, x.stride()), grad_step.reshape(step.shape).to(step.dtype)
 
     made = Kernels(forward, backward)
@@ -52,15 +58,15 @@ def kernels() -> Kernels:
     return made
 
 
-def _quantize(x: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
-    return torch.clamp(torch.round(x / step), qmin, qmax) * step
+def _quantize(x: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
+    return (torch.clamp(torch.round(x / step), qmin, qmax) * step).to(x.dtype)
 
 
-def _differentiate(grad: Tensor, x: Tensor, step: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+def _differentiate(grad: Tensor, x: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) -> tuple[Tensor, Tensor]:
     scaled = x / step
     inside = (scaled >= qmin) & (scaled <= qmax)
-    code = torch.clamp(torch.round(scaled), qmin, qmax)
-    return torch.where(inside, grad, 0.0), (torch.where(inside, code - scaled, code) * grad).sum(dtype=torch.float32)
+    slope = torch.where(inside, torch.round(scaled) - scaled, torch.clamp(scaled, qmin, qmax))
+    return torch.where(inside, grad, 0.0).to(grad.dtype), (slope * grad).sum(dtype=torch.float32)
 
 
 def _suits(x: Tensor, step: Tensor) -> bool:
@@ -70,5 +76,22 @@ def _suits(x: Tensor, step: Tensor) -> bool:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """All numbers in the order they lie in memory: one kernel fits every shape."""
-    return x.as_strided((x.numel(),), (1,))
+    """All numbers in the order they lie in memory: one kernel fits every shape.
+
+    Not known to autograd as a view: of a view, the compiler would look at the tensor behind it as well.
+    """
+    ordered = x if x.is_contiguous() else x.permute(0, 2, 3, 1)
+    return torch.ops.aten._unsafe_view(ordered.detach(), (-1,))
+
+
+@contextmanager
+def _one_state(x: Tensor) -> Iterator[None]:
+    """Neither gradients nor autocast: kernels are compiled anew for each state they are called in."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        yield
+
+
+@functools.cache
+def _bounds(qmin: int, qmax: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """As tensors: a kernel would be compiled anew for each number."""
+    return torch.tensor([float(qmin)], device=device), torch.tensor([float(qmax)], device=device)
