@@ -15,6 +15,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from _notebooks import code_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
@@ -123,6 +124,13 @@ def test_was_run_from_top_to_bottom_without_an_error(path):
         assert not any(output.output_type == "error" for output in cell.outputs), cell.id
         streams = [output.name for output in cell.outputs if output.output_type == "stream"]
         assert "stderr" not in streams, f"{cell.id} warns"
+
+
+@pytest.mark.parametrize("path", EVERY)
+def test_outputs_are_those_of_this_code(path):
+    """What nbval cannot see: cells it does not compare, and pictures, of a notebook edited after its last run."""
+    ran = read(path).metadata.get("dfqlib", {}).get("code")
+    assert ran == code_digest(read(path)), f"its code was not run as it is: make refresh ARGS={path.relative_to(ROOT)}"
 
 
 @pytest.mark.parametrize("path", EVERY)
