@@ -4,7 +4,7 @@
 # make site       the lessons as they were committed, and the reference, as build/site/index.html
 # make refresh    run the notebooks again in place and keep the new outputs
 # make browser    install a Chromium for the test in JupyterLab, where there is none
-# make binder     set up what Binder would, in a new environment, and check it
+# make binder     the address that opens the lessons of your fork on Binder
 #
 # Each makes .venv first. Another interpreter: make test PYTHON=python3.12
 # Parameters of the notebooks: make tutorial ARGS="-p bits w2a2"
@@ -17,7 +17,7 @@ MORE_STAMP := .venv/.stamp-more
 MORE_EXTRAS := browser,site
 AT_LEAST_3_11 := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help install tutorial test lab site refresh browser binder clean
+.PHONY: help install tutorial test lab site refresh browser binder binder-check clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -73,8 +73,12 @@ refresh: $(STAMP)
 browser: $(MORE_STAMP)
 	$(BIN)/python tools/browser.py --install
 
-binder:
-	binder/check
+binder: $(STAMP)
+	@$(BIN)/python tools/binder.py url
+
+# Minutes, and some GB for as long as it takes: what Binder would do, in a clean clone and a new environment.
+binder-check: $(STAMP)
+	$(BIN)/python tools/binder.py check
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache

@@ -85,7 +85,7 @@ def test_every_folder_of_the_package_is_installed():
 # Commands
 
 
-@pytest.mark.parametrize("script", ["binder/postBuild", ".ci/run"])
+@pytest.mark.parametrize("script", ["binder/postBuild", "binder/start", ".ci/run"])
 def test_scripts_are_executable_and_stop_at_the_first_error(script):
     assert os.access(ROOT / script, os.X_OK)
     assert re.search(r"^set -e", read(script), re.M)
