@@ -108,9 +108,9 @@ def test_ratios_come_close_to_dfqfs(
     No way of counting gives the printed FLOPs of both pairs, see the two tests below. Tried, in all combinations: one
     or two operations for a multiply-accumulate; with and without the first convolution, the 1x1 shortcuts and the
     linear layers; none, one, two or four operations for each output of BatchNorm; biases; pooling; convolutions counted
-    at the resolution of their input; VGG with no hidden layer or two of 512, 1024, 2048 or 4096 units; sums as they are,
-    or cut or rounded to up to three decimals in 10^6, 2^20, 10^9 or 2^30. As they are, 47.7 and 73.0 % are nearest (no
-    shortcuts, four operations for BatchNorm). For the ResNets only 0.54 to 1.15 billion, without shortcuts and both cut,
+    at the resolution of their input; VGG with no hidden layer or two of 512, 1024, 2048 or 4096 units; sums as they
+    are, or cut or rounded to up to three decimals in 10^6, 2^20, 10^9 or 2^30. As they are, 47.7 and 73.0 % are nearest
+    (no shortcuts, four operations for BatchNorm). For the ResNets only 0.54 to 1.15 billion, no shortcuts, both cut,
     comes to 46.96 %, which is 46.9 if cut again. For VGG only hidden layers of 2048 units come to 73.4 %, and they
     would have 73.4 % of the parameters too. LeNet's 33.0 % comes of the convolutions alone (32.98) and of one operation
     for each output of BatchNorm (33.02), with which these are 47.9 and 72.9 %: DFQF's 46.9 is one digit away.
