@@ -38,14 +38,14 @@ CPU = torch.device("cpu")
 Step = Callable[[], None]
 
 
-def pictures() -> Tensor:
+def pictures(batch: int = BATCH) -> Tensor:
     """A batch of noise, laid out like the network's weights."""
-    return torch.randn(BATCH, *SHAPE).contiguous(memory_format=torch.channels_last)
+    return torch.randn(batch, *SHAPE).contiguous(memory_format=torch.channels_last)
 
 
-def network() -> nn.Module:
-    """ResNet-20 with its BatchNorm statistics set by noise."""
-    model = channels_last(CifarResNet(20))
+def network(depth: int = 20) -> nn.Module:
+    """A ResNet with its BatchNorm statistics set by noise."""
+    model = channels_last(CifarResNet(depth))
     model(pictures())
     return model
 
@@ -63,9 +63,12 @@ def float_training(*, bf16: bool = False) -> Step:
     return step
 
 
-def fine_tuning(*, bf16: bool = False, compiled: bool = False, naive: bool = False, teacher: bool = False) -> Step:
+def fine_tuning(
+    *, bf16: bool = False, compiled: bool = False, naive: bool = False, teacher: bool = False,
+    depth: int = 20, batch: int = BATCH,
+) -> Step:  # fmt: skip
     """The W4A4 step of ``express``: distillation loss, Adam on weights and steps, BatchNorm frozen."""
-    source, images = network().eval(), pictures()
+    source, images = network(depth).eval(), pictures(batch)
     student = channels_last(quantizer.quantize_layers(source, quantizer.QuantSpec())).requires_grad_(True)
     quantizer.calibrate(student, images, "max")
     freeze(student)
@@ -97,10 +100,10 @@ def straight_through(each: Any, x: Tensor) -> Tensor:
     return (scaled + (scaled.round() - scaled).detach()) * quantizer.functions.per_channel(each.step, x)
 
 
-def synthesis_step(*, bf16: bool = False, contiguous: bool = False) -> Step:
+def synthesis_step(*, bf16: bool = False, contiguous: bool = False, depth: int = 20, batch: int = BATCH) -> Step:
     """The step of ``synthesis.from_noise`` under the BatchNorm loss."""
-    teacher = network().eval().requires_grad_(False)
-    images = pictures()
+    teacher = network(depth).eval().requires_grad_(False)
+    images = pictures(batch)
     if contiguous:
         teacher, images = teacher.to(memory_format=torch.contiguous_format), images.contiguous()  # type: ignore[call-overload]
     pixels = nn.Parameter(images)
@@ -109,7 +112,7 @@ def synthesis_step(*, bf16: bool = False, contiguous: bool = False) -> Step:
     def step() -> None:
         with BatchNormProbe(teacher) as probe, mixed_precision(CPU, bf16):
             logits = teacher(pixels)
-            loss = losses.bn_norm_loss(probe) + 0.2 * F.cross_entropy(logits, torch.arange(BATCH) % 10)
+            loss = losses.bn_norm_loss(probe) + 0.2 * F.cross_entropy(logits, torch.arange(batch) % 10)
         descend(adam, loss)
 
     return step
