@@ -157,11 +157,11 @@ def failing_cell(lesson: Path, environment: dict[str, str]) -> dict[str, Any] | 
             if any(output.output_type == "error" for output in cell.outputs)
         )
         plain = re.sub(r"\x1b\[[0-9;]*m", "", error.traceback)
-        line = next((text for text in plain.splitlines() if text.startswith("-") and ">" in text[:10]), "")
+        statement = re.search(r"^-+> \d+ +(.+)$", plain, re.MULTILINE)
         return {
             "lesson": lesson.stem,
             "cell": number,
-            "statement": line.partition(" ")[2].strip(),
+            "statement": statement[1] if statement else "",
             "error": f"{error.ename}: {error.evalue}".strip().rstrip(":"),
         }
     return None

@@ -62,7 +62,7 @@ def rerun(options: argparse.Namespace) -> int:
     for job in jobs:
         check_output(job)
     runs: dict[str, Run] = {}
-    written = [f"{jobs[0].target}{suffix}" for suffix in (".ipynb", ".html", ".json")]
+    written = [f"{options.output / jobs[0].name}{suffix}" for suffix in (".ipynb", ".html", ".json")]
     for run in run_jobs(jobs, options.jobs, progress=False if options.quiet else None):
         runs[run.job.name] = run
         tqdm.write(described(run))  # above the bar
