@@ -30,7 +30,7 @@ def dfqf_generator_loss(
     bn_weight: float = 0.1,
     adversarial_weight: float = 5.0,
 ) -> Tensor:
-    """Generator's objective of DFQF (Eq. 9): confident, balanced, lifelike, hard for the student.
+    """Generator's objective (DFQF, Eq. 9): confident, balanced, lifelike, hard for the student.
 
     Args:
         teacher: teacher logits of the generated images, shape (batch, classes).
@@ -43,7 +43,7 @@ def dfqf_generator_loss(
     Returns:
         Scalar tensor.
 
-    Taught in notebook 08.
+    Taught in notebook 04.
     """
     score, adversarial = inception_score_loss(teacher, alpha), adversarial_loss(student, teacher)
     return score + bn_weight * bn_divergence_loss(probe) + adversarial_weight * adversarial
@@ -57,7 +57,7 @@ def gdfq_generator_loss(
     variant: str = "paper",
     label_weight: float = 1.0,
 ) -> Tensor:
-    """Generator's objective of GDFQ (Eq. 9): the label shows and the statistics agree.
+    """Generator's objective (GDFQ, Eq. 9): the label shows and the statistics agree.
 
     Args:
         teacher: teacher logits of the generated images, shape (batch, classes).
@@ -70,7 +70,7 @@ def gdfq_generator_loss(
     Returns:
         Scalar tensor.
 
-    Taught in notebook 08.
+    Taught in notebook 04.
     """
     return label_weight * label_loss(teacher, labels) + bn_weight * bn_l2_loss(probe, variant)
 
@@ -84,7 +84,7 @@ def gdfq_student_loss(
     variant: str = "paper",
     label_weight: float = 1.0,
 ) -> Tensor:
-    """Quantized network's objective of GDFQ (Eq. 10): the labels and the teacher's outputs.
+    """Quantized network's objective (GDFQ, Eq. 10): the labels and the teacher's outputs.
 
     Args:
         student: logits of the quantized network, shape (batch, classes).

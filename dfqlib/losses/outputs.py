@@ -67,7 +67,7 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Scalar tensor, differentiable in ``logits``.
 
-    Taught in notebook 05.
+    Taught in notebook 04.
     """
     return F.cross_entropy(logits, labels)
 
@@ -128,7 +128,7 @@ def adversarial_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         Scalar tensor, differentiable in both; 0 or less.
 
-    Taught in notebook 08.
+    Taught in notebook 04.
     """
     return -distillation_loss(student, teacher)
 
