@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,9 +41,7 @@ def find() -> str:
             return path
     if named:
         raise NoBrowserError(f"DFQLIB_BROWSER={named} is no browser that starts")
-    raise NoBrowserError(
-        f"none of {', '.join(NAMES)} and none of Playwright's own; `make browser` tries to install one"
-    )
+    raise NoBrowserError(f"no {', '.join(NAMES)}, none of Playwright's own; `make browser` tries to install one")
 
 
 def playwrights_own() -> str | None:
@@ -86,8 +85,11 @@ def run(command: list[str]) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{Path(command[0]).name}: {error}"
-    last = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-    return None if done.returncode == 0 else f"{' '.join(command[-2:])}: {last}"
+    if done.returncode == 0:
+        return None
+    lines = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
+    telling = [line.strip() for line in lines if re.search(r"error|fail|unable|cannot", line, re.IGNORECASE)]
+    return f"{' '.join(command[-2:])}: {(telling or lines)[-1][:200]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
