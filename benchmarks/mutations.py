@@ -14,6 +14,7 @@ import ast
 import inspect
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,16 @@ def failing_cell(lesson: Path, environment: dict[str, str]) -> dict[str, Any] | 
     return None
 
 
+def write(results: dict[str, Any]) -> None:
+    """Write all results, those of earlier runs included."""
+    content = {
+        "command": "python benchmarks/mutations.py",
+        "versions": {"python": platform.python_version(), "torch": version("torch")},
+        "mutations": dict(sorted(results.items())),
+    }
+    RESULTS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     from dfqlib import losses
 
@@ -179,7 +191,7 @@ def main() -> int:
     if unknown := set(options.functions) - set(every):
         parser.error(f"{sorted(unknown)[0]} is no loss of the library; they are {', '.join(every)}")
     os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: dict[str, Any] = json.loads(RESULTS.read_text())["mutations"] if RESULTS.exists() else {}
     todo = list(mutations(options.functions or every))
     if options.missing:
         todo = [mutation for mutation in todo if not results.get(mutation.name, {}).get("caught")]
@@ -190,7 +202,7 @@ def main() -> int:
             caught = found["caught"]
             print(name, "->", f"{caught['lesson']} cell [{caught['cell']}]" if caught else "SURVIVED", flush=True)
             results[name] = found
-            RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1, ensure_ascii=False) + "\n")
+            write(results)
     return int(any(results[mutation.name]["caught"] is None for mutation in todo))
 
 

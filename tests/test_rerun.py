@@ -148,7 +148,7 @@ def test_ctrl_c_leaves_the_notebook_as_far_as_it_came(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "dfqlib: interrupted; nothing more is written\n"
     kept = json.dumps(outputs(tmp_path / "out" / "lesson.ipynb"))

@@ -234,3 +234,12 @@ def test_a_moved_last_digit_leaves_a_picture_alike():
         pictures.append(base64.b64encode(file.getvalue()).decode())
     assert compare.alike(*pictures)
     assert not compare.alike(pictures[0], blank_picture())
+
+
+def test_notebooks_are_refreshed_side_by_side(tmp_path):
+    paths = [write_notebook(tmp_path / f"{name}.ipynb", f"print({name!r})") for name in "abc"]
+    done = run_tool("refresh", tmp_path, "-j", 3)
+    assert done.code == 0
+    assert sorted(line.split()[0] for line in done.out.splitlines()) == ["a", "b", "c"]
+    for path in paths:
+        assert nbformat.read(path, as_version=4).cells[2].outputs[0].text == f"{path.stem}\n"

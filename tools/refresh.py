@@ -11,8 +11,10 @@ notebook failed or, with --check, is stale; 2 for wrong arguments.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 from dfqlib.rerun.execution import KERNEL, QUIET_KERNEL, fix_environment
+from dfqlib.rerun.processes import start_context
 from dfqlib.training import written_whole
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -70,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--exact", action="store_true", help="with --check: every byte, on the machine that made the outputs"
     )
+    parser.add_argument("-j", "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="how many at a time")
     options = parser.parse_intermixed_args(arguments)
     if options.exact and not options.check:
         parser.error("--exact needs --check")
@@ -77,28 +81,37 @@ def main(arguments: list[str] | None = None) -> int:
         notebooks = find_notebooks(options.paths)
     except FileNotFoundError as error:
         parser.error(str(error))
-    fix_environment()
-    found = [treat(name, path, options.check, options.exact) for name, path in notebooks.items()]
-    return int(not all(found))
+    fine = True
+    with ProcessPoolExecutor(max(1, options.jobs), start_context(), fix_environment) as pool:
+        todo = [pool.submit(treat, name, path, options.check, options.exact) for name, path in notebooks.items()]
+        try:
+            for done in as_completed(todo):
+                succeeded, report = done.result()
+                fine = fine and succeeded
+                print(report, flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            print("interrupted", file=sys.stderr)
+            return 130
+    return int(not fine)
 
 
-def treat(name: str, path: Path, check: bool, exact: bool) -> bool:
-    """Refresh or check one notebook and say how it went."""
+def treat(name: str, path: Path, check: bool, exact: bool) -> tuple[bool, str]:
+    """Refresh or check one notebook; returns whether all is well, and what to say about it."""
     start, cells = time.perf_counter(), list[str]()
     try:
         notebook = execute(path)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        print(f"FAILED {name}{'' if check else ', left as it was'}\n{error}", flush=True)
-        return False
+        return False, f"FAILED {name}{'' if check else ', left as it was'}\n{error}"
+    except KeyboardInterrupt:  # of the terminal, for every process alike
+        return False, f"interrupted {name}, left as it was"
     if check:
         cells = list(stale_cells(nbformat.read(path, as_version=4), notebook, exact=exact))
     else:
         with written_whole(path) as temporary:
             nbformat.write(notebook, temporary)
-    print(f"{'STALE ' if cells else ''}{name} {time.perf_counter() - start:.1f} s", flush=True)
-    for cell in cells:
-        print(f"  {cell}", flush=True)
-    return not cells
+    title = f"{'STALE ' if cells else ''}{name} {time.perf_counter() - start:.1f} s"
+    return not cells, "\n".join([title, *(f"  {cell}" for cell in cells)])
 
 
 if __name__ == "__main__":

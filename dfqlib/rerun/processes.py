@@ -18,7 +18,7 @@ from typing import Any
 from dfqlib.rerun.execution import Job, Run, code_cells, execute, fix_environment, write_results
 from dfqlib.rerun.parameters import import_extra, read_notebook
 
-__all__ = ["run_jobs"]
+__all__ = ["run_jobs", "start_context"]
 
 KILLED = "its process was killed; is there enough memory?"
 
@@ -51,16 +51,20 @@ def run_jobs(jobs: Sequence[Job], processes: int = 1, *, progress: bool | None =
             pool.shutdown()
 
 
+def start_context() -> Any:
+    """How to start the processes: forked from one that has imported everything once, or else anew each time."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dfqlib.__main__", "papermill", "nbconvert"])
+    return context
+
+
 class _Runner:
     """Runs jobs from several threads; ``stop`` ends those that are running."""
 
     def __init__(self, bar: Any) -> None:
-        # A server that has imported everything once forks a child in no time; spawning imports it all again.
-        forks = "forkserver" in multiprocessing.get_all_start_methods()
-        self.context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
-        if forks:
-            self.context.set_forkserver_preload(["dfqlib.__main__", "papermill", "nbconvert"])
-        self.bar = bar
+        self.context, self.bar = start_context(), bar
         self.lock, self.running, self.stopped = threading.Lock(), list[BaseProcess](), False
 
     def run(self, job: Job) -> Run:
