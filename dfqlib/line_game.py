@@ -1,0 +1,135 @@
+"""Generators against students on a line: AKD's game, small enough to be drawn whole and played many times over.
+
+The teacher is a curve, the logit of class 1 at each place x. A student is a sum of bumps of its own heights, so that
+what it learns at one place it does not forget by learning at another. A generator is a Gaussian blob that can move and
+not widen: like a network of too little capacity it reaches a part of the line at a time.
+
+Taught in notebook 08.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfqlib.recipes import akd
+
+CENTRES = torch.linspace(-4, 4, 33)
+"""Of a student's bumps."""
+GRID = torch.linspace(-4, 4, 161)
+"""Where gaps are recorded."""
+SHARE = torch.softmax(-(GRID**2) / 2, 0)
+"""How much of the real data lies at each place of the grid: standard normal, the statistics a BatchNorm would store."""
+STUDENT_MOVES = 3
+
+
+@dataclass(frozen=True)
+class Record:
+    """What happened in the games, after each round.
+
+    Attributes:
+        places: centres of the generators, shape (rounds, games, generators).
+        gaps: divergence of the first student from the teacher along ``GRID``, shape (rounds, games, places).
+    """
+
+    places: Tensor
+    gaps: Tensor
+
+    @property
+    def real_gap(self) -> Tensor:
+        """Mean divergence on the real data, which no generator has seen: shape (rounds, games)."""
+        return self.gaps @ SHARE
+
+
+def curve(x: Tensor) -> Tensor:
+    """The teacher's logit of class 1, any shape."""
+    return 3 * torch.sin(3 * x)
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """``KL(T || S)`` of two classes from the logits of one of them, elementwise."""
+    p = teacher.sigmoid()
+    sure, not_sure = F.logsigmoid(teacher) - F.logsigmoid(student), F.logsigmoid(-teacher) - F.logsigmoid(-student)
+    return p * sure + (1 - p) * not_sure
+
+
+def prior(x: Tensor) -> Tensor:
+    """AKD's L_psi of points (..., n) against stored mean 0 and variance 1: shape (...)."""
+    mean, var = x.mean(-1), x.var(-1, unbiased=False)
+    p = curve(x).sigmoid()
+    return (var + mean**2) / 2 - var.log() / 2 - 0.5 + _entropy(p).mean(-1) - _entropy(p.mean(-1))
+
+
+def play(
+    generators: int = 1, students: int = 1, alpha: float = 0.1, *, width: float = 0.3, rounds: int = 60,
+    games: int = 20, points: int = 24, seed: int = 0,
+) -> Record:  # fmt: skip
+    """Many independent games at once, each of some generators against some students.
+
+    A round is one move of every generator, up the mean gap of the students less ``alpha`` L_psi, and three of every
+    student, down the mean gap over the generators. The points are shared out among the generators, so that a student
+    sees as many of them whatever the number of generators.
+
+    Args:
+        generators: G, how many blobs, 1 or more.
+        students: S, how many, 1 or more.
+        alpha: weight of ``prior``, 0 or more.
+        width: standard deviation of a blob.
+        rounds: see above.
+        games: repetitions, each with its own start.
+        points: of each move of a student, in all.
+        seed: of the starts and the points.
+
+    Raises:
+        InputError: no generator, no student, or a negative alpha.
+
+    Taught in notebook 08.
+    """
+    akd.Settings(generators=generators, students=students, alpha=alpha, warm_up_epochs=0)  # its checks, its words
+    rng = torch.Generator().manual_seed(seed)
+    places = torch.randn(games, generators, generator=rng).requires_grad_()
+    heights = (0.3 * torch.randn(games, students, len(CENTRES), generator=rng)).requires_grad_()
+    climb, descend = torch.optim.Adam([places], 0.15), torch.optim.Adam([heights], 0.2)
+    share = max(points // generators, 2)
+    history = []
+
+    def draw() -> Tensor:
+        return places[..., None] + width * torch.randn(games, generators, share, generator=rng)
+
+    for _ in range(rounds):
+        x = draw()
+        _step(climb, (alpha * prior(x) - _gap(x, heights.detach()).mean(2)).sum())
+        for _ in range(STUDENT_MOVES):
+            _step(descend, _gap(draw().detach(), heights).mean(1).sum())
+        with torch.no_grad():
+            gaps = divergence(heights[:, 0] @ _bumps(GRID).T, curve(GRID))
+            history.append((places.detach().clone(), gaps))
+    return Record(torch.stack([place for place, _ in history]), torch.stack([gaps for _, gaps in history]))
+
+
+def _bumps(x: Tensor) -> Tensor:
+    return torch.exp(-8 * (x[..., None] - CENTRES) ** 2)
+
+
+def _gap(x: Tensor, heights: Tensor) -> Tensor:
+    """Mean divergence of each generator and student: (games, generators, n) to (games, generators, students)."""
+    answers = torch.einsum("gknf,gsf->gksn", _bumps(x), heights)
+    return divergence(answers, curve(x)[:, :, None]).mean(3)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """Of two classes, in nats."""
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of independent values, shape (n,), n at least 2."""
+    return float(values.std() / math.sqrt(len(values)))
