@@ -35,6 +35,7 @@ html_title = "dfqlib"
 html_static_path = ["_static", str(Path(mathjax_folder, "static", "mathjax", MATHJAX))]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_search_summary = False  # a browser lets no page read another one from a folder
 html_show_copyright = False
 html_show_sphinx = False
 
@@ -51,6 +52,8 @@ python_maximum_signature_line_length = 88
 
 def link_lessons(app: Sphinx, what: str, name: str, object_: object, options: object, lines: list[str]) -> None:
     """Make "Taught in notebook 07." in a docstring lead to that lesson."""
+    if lines and lines[0].startswith("Alias for field number"):  # what a NamedTuple says of a field without words
+        lines.clear()
     lessons = {path.stem[:2]: path.stem for path in (HERE / "lessons").glob("[0-9]*.ipynb")}
 
     def link(match: re.Match[str]) -> str:
