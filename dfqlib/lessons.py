@@ -4,6 +4,7 @@ Taught in notebook 07.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfqlib import data, models
+from dfqlib import data, models, synthesis
 from dfqlib.errors import InputError
 from dfqlib.recipes import base, express
 from dfqlib.spec import QuantSpec
 from dfqlib.training import Session
 
-__all__ = ["Subject", "Tuned", "choose_arch", "open_subject", "real_images", "tune"]
+__all__ = ["Subject", "Tuned", "choose_arch", "from_noise", "open_subject", "real_images", "tune"]
 
 _BY_DATASET = {"digits": "digits_resnet8", "cifar10": "cifar10_resnet20"}
 
@@ -118,6 +119,40 @@ def _load(dataset: str, split: str, info: models.ModelInfo, data_root: str) -> l
         (images, labels)
         for images, labels in data.load_data(dataset, split, data_root=data_root or None, **normalization)
     ]
+
+
+def from_noise(
+    subject: Subject,
+    objective: synthesis.Objective,
+    labels: Tensor,
+    steps: int,
+    *,
+    seed: int = 0,
+    augment: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Images in one batch by any objective, with Adam at 0.1 that falls to zero: one setting, so that losses compare.
+
+    Args:
+        subject: holds the teacher; its weights' gradients are not computed.
+        objective: as in ``synthesis.from_noise``.
+        labels: what each image is to show, shape (N,); an objective may ignore them.
+        steps: optimization steps.
+        seed: of the noise and the changes; the same seed starts from the same noise whatever the objective.
+        augment: random change of the images before the teacher sees them.
+
+    Returns:
+        Images, (N, C, H, W), and the losses, a row per look.
+
+    Taught in notebook 03.
+    """
+    session = Session(seed, progress=False)
+    teacher = copy.deepcopy(subject.teacher).requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        images = synthesis.from_noise(
+            teacher, labels, subject.info.image_shape, objective, synthesis.adam(0.1, steps), steps, session,
+            batch=max(len(labels), 1), augment=augment,
+        )  # fmt: skip
+    return images, session.history
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import dfqlib
-from dfqlib import lessons, models
+from dfqlib import lessons, losses, models
 from dfqlib.errors import InputError
 from dfqlib.recipes import express
 from dfqlib.spec import QuantSpec
@@ -69,6 +69,21 @@ def test_real_images_are_spread_over_the_classes(digits: lessons.Subject) -> Non
     assert real is not None
     with torch.no_grad():
         assert len(digits.teacher(real).argmax(1).unique()) == 10
+
+
+def test_images_from_noise_start_alike_whatever_the_objective(digits: lessons.Subject) -> None:
+    def statistics(images, logits, probe, labels):
+        return {"loss": losses.bn_norm_loss(probe)}
+
+    before = torch.get_rng_state()
+    labels = torch.arange(12)
+    noise, _ = lessons.from_noise(digits, statistics, labels, 0, seed=3)
+    made, history = lessons.from_noise(digits, statistics, labels, 20, seed=3)
+    other, _ = lessons.from_noise(digits, lambda *_: {"loss": _[0].square().mean()}, labels, 1, seed=3)
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    assert (made - noise).abs().max() > 0.2 > 0.11 > (other - noise).abs().max()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None for p in digits.teacher.parameters())
 
 
 def test_tuning_a_reports_images_gives_its_network_again_bit_for_bit(digits: lessons.Subject) -> None:
