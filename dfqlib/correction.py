@@ -4,7 +4,7 @@ Rounding weights shifts what a layer puts out by ``epsilon x`` with ``epsilon = 
 data, ``epsilon E[x]``, is a constant per channel, and a bias takes it away again (Nagel et al., ICCV 2019, sec. 4.2).
 E[x] comes from BatchNorm statistics, or from images.
 
-Taught in notebook 09.
+Taught in notebook 02.
 """
 
 import math
@@ -26,7 +26,7 @@ def expected_inputs(network: fx.GraphModule, statistics: Statistics) -> dict[str
     The mean of a normal variable after its ReLU or ReLU6 (Nagel et al. 2019, appendix C). Layers whose input no
     statistics tell about (the network's own, after max pooling, after a layer without BatchNorm) are absent.
 
-    Taught in notebook 09.
+    Taught in notebook 02.
     """
     known, layers = propagate(network, statistics), find_layers(network)
     sources = {name: layer.node.all_input_nodes[0] for name, layer in layers.items()}
@@ -37,7 +37,7 @@ def expected_inputs(network: fx.GraphModule, statistics: Statistics) -> dict[str
 def measured_inputs(network: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
     """The mean of each input channel, by layer, over ``images`` (N, C, H, W).
 
-    Taught in notebook 09.
+    Taught in notebook 02.
     """
     means: dict[str, Tensor] = {}
     handles = []
@@ -67,7 +67,7 @@ def correct_biases(student: fx.GraphModule, teacher: fx.GraphModule, inputs: Map
     Returns:
         What was subtracted, (channels,), by layer.
 
-    Taught in notebook 09.
+    Taught in notebook 02.
     """
     corrections = {}
     for name, layer in find_layers(student).items():
@@ -94,7 +94,7 @@ def round_bias(bias: Tensor, step: Tensor | float, bits: int) -> Tensor:
     Raises:
         InputError: ``bits`` out of range.
 
-    Taught in notebook 09.
+    Taught in notebook 02.
     """
     if not 2 <= bits <= 32:
         raise InputError(f"bits={bits} must be from 2 to 32")
@@ -112,7 +112,7 @@ def round_biases(student: fx.GraphModule, bits: int) -> list[str]:
     Returns:
         The layers it was done for: called once, with weights and input quantized.
 
-    Taught in notebook 09.
+    Taught in notebook 02.
     """
     rounded = []
     for name, layer in find_layers(student).items():

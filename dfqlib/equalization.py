@@ -7,7 +7,7 @@ enters the next. Equalization picks the factors that give all channels of both l
 BatchNorm is folded first, in a way that keeps the network's architecture and every tensor's name: the weights take the
 scale, the BatchNorm layer stays and only adds the bias.
 
-Taught in notebook 09.
+Taught in notebook 02.
 """
 
 from collections.abc import Iterator, Mapping
@@ -157,7 +157,7 @@ def equalize(folded: Folded, iterations: int = 20, tolerance: float = 1e-3) -> i
     Returns:
         Number of passes.
 
-    Taught in notebook 09.
+    Taught in notebook 02.
     """
     steps = list(_steps(find_pairs(folded)))
     for index in range(iterations):
@@ -221,7 +221,7 @@ def absorb(folded: Folded, padded: bool = False, deviations: float = 3.0) -> dic
     Returns:
         What was absorbed, (channels,), by the first layer's name; only where it is not 0.
 
-    Taught in notebook 09.
+    Taught in notebook 02.
     """
     absorbed = {}
     for pair in find_pairs(folded):

@@ -3,7 +3,7 @@
 The weights take BatchNorm's scale; the layer itself stays, with scale 1, and only adds the bias. So a folded network
 can be quantized, saved, and rebuilt from the model's architecture as if nothing had happened.
 
-Taught in notebook 09.
+Taught in notebook 02.
 """
 
 from collections.abc import Mapping
@@ -141,7 +141,7 @@ def fold(model: nn.Module, relu6: Relu6 = "keep") -> Folded:
         relu6: "replace" turns each ReLU6 into a ReLU, as the paper does for MobileNetV2: channels can then be scaled
             across it, and the output changes wherever a value was above 6.
 
-    Taught in notebook 09.
+    Taught in notebook 02.
     """
     network, _ = graph.trace(rebuild(model, {"relu6": relu6}))
     layers = find_layers(network)

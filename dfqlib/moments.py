@@ -5,7 +5,7 @@ A BatchNorm layer with scale gamma and shift beta hands on channels of mean beta
 the mean after a ReLU in closed form (their appendix C) and activation ranges of beta +- 6 gamma. Where a residual
 network adds two such tensors the paper is silent: here means add, and so do variances, as of independent terms.
 
-Taught in notebook 09.
+Taught in notebook 02.
 """
 
 import dataclasses
@@ -111,7 +111,7 @@ def propagate(network: fx.GraphModule, statistics: Statistics) -> dict[fx.Node, 
         network: in floating point or with quantizers, which are taken to change nothing.
         statistics: such as ``equalization.Folded.statistics``.
 
-    Taught in notebook 09.
+    Taught in notebook 02.
     """
     known: dict[fx.Node, ClippedNormal] = {}
     for node in network.graph.nodes:

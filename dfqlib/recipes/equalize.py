@@ -14,7 +14,7 @@ across zero padding changes the border of the output: done only on ``absorb="all
 ReLU: kept unless ``relu6="replace"``, and not equalized across. Tensors that no BatchNorm statistics tell about (the
 network's input, what follows max pooling, all of a network without BatchNorm): range and mean from Gaussian images.
 
-Taught in notebook 09.
+Taught in notebooks 02 and 09.
 """
 
 import dataclasses
