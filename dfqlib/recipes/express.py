@@ -55,7 +55,7 @@ class Settings:
         bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
         superposed: probability of an image's label being a mixture of classes; Qimera's 0.4.
         hard_samples: weight beta of HAST's (1 - p_y)^2 CE, in place of ``label_weight`` and the plain cross-entropy;
-            there 10, beside squared BatchNorm losses smaller than the norms of this recipe.
+            there 10, beside squared BatchNorm losses. Here 1 already keeps the statistics from matching; try 0.2.
         perturbation: length of the step, in the normalized pixels' units, that each batch takes up the student's loss
             before it is learned; HAST's 0.01.
         alignment: weight of the channel attention's distance; HAST's 1000, its distillation loss counted 20 times.
