@@ -14,7 +14,8 @@ import argparse
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from _notebooks import CELL_TIMEOUT, code_digest, find_notebooks
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-from dfqlib.rerun.execution import KERNEL, QUIET_KERNEL, fix_environment
-from dfqlib.rerun.processes import start_context
+from dfqlib.rerun.execution import KERNEL, QUIET_KERNEL
+from dfqlib.rerun.processes import run_apart
 from dfqlib.training import written_whole
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -81,37 +82,47 @@ def main(arguments: list[str] | None = None) -> int:
         notebooks = find_notebooks(options.paths)
     except FileNotFoundError as error:
         parser.error(str(error))
+    tasks = [Task(name, path, options.check, options.exact) for name, path in notebooks.items()]
     fine = True
-    with ProcessPoolExecutor(max(1, options.jobs), start_context(), fix_environment) as pool:
-        todo = [pool.submit(treat, name, path, options.check, options.exact) for name, path in notebooks.items()]
-        try:
-            for done in as_completed(todo):
-                succeeded, report = done.result()
-                fine = fine and succeeded
-                print(report, flush=True)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            print("interrupted", file=sys.stderr)
-            return 130
+    try:
+        for _, (succeeded, report) in run_apart(treat, tasks, max(1, options.jobs), killed):
+            fine = fine and succeeded
+            print(report, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return int(not fine)
 
 
-def treat(name: str, path: Path, check: bool, exact: bool) -> tuple[bool, str]:
+@dataclass(frozen=True)
+class Task:
+    """A notebook to refresh or to check."""
+
+    name: str
+    path: Path
+    check: bool
+    exact: bool
+
+
+def treat(task: Task, _: Callable[[], None]) -> tuple[bool, str]:
     """Refresh or check one notebook; returns whether all is well, and what to say about it."""
     start, cells = time.perf_counter(), list[str]()
     try:
-        notebook = execute(path)
+        notebook = execute(task.path)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        return False, f"FAILED {name}{'' if check else ', left as it was'}\n{error}"
-    except KeyboardInterrupt:  # of the terminal, for every process alike
-        return False, f"interrupted {name}, left as it was"
-    if check:
-        cells = list(stale_cells(nbformat.read(path, as_version=4), notebook, exact=exact))
+        return False, f"FAILED {task.name}{'' if task.check else ', left as it was'}\n{error}"
+    if task.check:
+        cells = list(stale_cells(nbformat.read(task.path, as_version=4), notebook, exact=task.exact))
     else:
-        with written_whole(path) as temporary:
+        with written_whole(task.path) as temporary:
             nbformat.write(notebook, temporary)
-    title = f"{'STALE ' if cells else ''}{name} {time.perf_counter() - start:.1f} s"
+    title = f"{'STALE ' if cells else ''}{task.name} {time.perf_counter() - start:.1f} s"
     return not cells, "\n".join([title, *(f"  {cell}" for cell in cells)])
+
+
+def killed(task: Task, seconds: float) -> tuple[bool, str]:
+    """What to say of a notebook whose process ended by itself."""
+    return False, f"FAILED {task.name}, left as it was: its process was killed after {seconds:.0f} s"
 
 
 if __name__ == "__main__":

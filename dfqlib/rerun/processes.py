@@ -1,30 +1,34 @@
 """Run notebooks side by side, each in a process of its own.
 
 Whatever happens to one (a cell that fails, a kernel that dies, no memory left), the others are run; on Ctrl-C what is
-running is stopped and written as far as it came.
+running is stopped.
 """
 
 import multiprocessing
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from dfqlib.rerun.execution import Job, Run, code_cells, execute, fix_environment, write_results
 from dfqlib.rerun.parameters import import_extra, read_notebook
 
-__all__ = ["run_jobs", "start_context"]
+__all__ = ["run_apart", "run_jobs"]
 
 KILLED = "its process was killed; is there enough memory?"
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Work = Callable[[Task, Callable[[], None]], Result]
 
 
 def run_jobs(jobs: Sequence[Job], processes: int = 1, *, progress: bool | None = False) -> Iterator[Run]:
-    """Run the jobs, some at a time, and yield each as it ends.
+    """Run the jobs, some at a time, and yield each as it ends; after Ctrl-C each is written as far as it came.
 
     Args:
         jobs: whose outputs ``check_output`` has found usable.
@@ -40,54 +44,78 @@ def run_jobs(jobs: Sequence[Job], processes: int = 1, *, progress: bool | None =
         import_extra(package)
     cells = sum(len(code_cells(read_notebook(job.source))) for job in jobs)
     with tqdm(total=cells, unit="cell", disable=None if progress is None else not progress, leave=False) as bar:
-        runner, pool = _Runner(bar), ThreadPoolExecutor(processes)
-        futures = [pool.submit(runner.run, job) for job in jobs]
-        try:
-            for done in as_completed(futures):
-                yield done.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            runner.stop()
-            pool.shutdown()
+
+        def killed(job: Job, seconds: float) -> dict[str, Any]:
+            return write_results(job, seconds, None, KILLED)
+
+        for job, record in run_apart(_work, jobs, processes, killed, bar.update):
+            yield Run(job, record)
 
 
-def start_context() -> Any:
-    """How to start the processes: forked from one that has imported everything once, or else anew each time."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dfqlib.__main__", "papermill", "nbconvert"])
-    return context
+def run_apart(
+    work: Work[Task, Result],
+    tasks: Sequence[Task],
+    processes: int,
+    killed: Callable[[Task, float], Result],
+    tick: Callable[[], object] = lambda: None,
+) -> Iterator[tuple[Task, Result]]:
+    """Do ``work`` on each task in a fresh process, some at a time, and yield each task with its result as it ends.
+
+    Args:
+        work: a function of a module, called with the task and a function to be called after each step.
+        tasks: what can be pickled.
+        processes: how many at a time.
+        killed: gives the result of a task whose process ended without one after so many seconds.
+        tick: called in this process after each step.
+    """
+    runner, pool = _Runner(work, killed, tick), ThreadPoolExecutor(processes)
+    futures = [pool.submit(runner.run, task) for task in tasks]
+    try:
+        for done in as_completed(futures):
+            yield done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        runner.stop()
+        pool.shutdown()
 
 
-class _Runner:
-    """Runs jobs from several threads; ``stop`` ends those that are running."""
+class _Runner(Generic[Task, Result]):
+    """Runs tasks from several threads; ``stop`` ends those that are running."""
 
-    def __init__(self, bar: Any) -> None:
-        self.context, self.bar = start_context(), bar
+    def __init__(
+        self, work: Work[Task, Result], killed: Callable[[Task, float], Result], tick: Callable[[], object]
+    ) -> None:
+        # A server that has imported everything once forks a child in no time; spawning imports it all again.
+        forks = "forkserver" in multiprocessing.get_all_start_methods()
+        self.context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
+            self.context.set_forkserver_preload(["dfqlib.__main__", "papermill", "nbconvert"])
+        self.work, self.killed, self.tick = work, killed, tick
         self.lock, self.running, self.stopped = threading.Lock(), list[BaseProcess](), False
 
-    def run(self, job: Job) -> Run:
+    def run(self, task: Task) -> tuple[Task, Result]:
         start = time.perf_counter()
-        process, pipe = self._start(job)
-        self.bar.set_postfix_str(job.name)
+        process, pipe = self._start(task)
         try:
             while (message := pipe.recv()) is None:
-                self.bar.update()
-            record: dict[str, Any] = message
+                self.tick()
         except EOFError:
-            process.join()
-            record = write_results(job, time.perf_counter() - start, None, KILLED)
+            message = None
         finally:
             process.join()
             with self.lock:
                 self.running.remove(process)
             pipe.close()
-        return Run(job, record)
+        if message is None:
+            return task, self.killed(task, time.perf_counter() - start)
+        result, error = message
+        if error is not None:
+            raise error
+        return task, result
 
-    def _start(self, job: Job) -> tuple[BaseProcess, Connection]:
+    def _start(self, task: Task) -> tuple[BaseProcess, Connection]:
         ours, its = self.context.Pipe(duplex=False)
-        process: BaseProcess = self.context.Process(target=_work, args=(job, its), name=job.name)
+        process: BaseProcess = self.context.Process(target=_serve, args=(self.work, task, its))
         with self.lock:
             process.start()
             self.running.append(process)
@@ -103,23 +131,32 @@ class _Runner:
                 process.terminate()
 
 
-def _work(job: Job, pipe: Connection) -> None:
-    """What a job's process does: send None for each cell, then the record."""
-    # Ctrl-C reaches every process of the terminal; the first one decides, and terminates this one once.
-    signal.signal(signal.SIGINT, lambda *_: None)
+def _serve(work: Work[Task, Result], task: Task, pipe: Connection) -> None:
+    """What a task's process does: send None after each step, then the result or the error."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C is for the first process, which terminates this one
     signal.signal(signal.SIGTERM, _interrupt)
     fix_environment()
-    start = time.perf_counter()
     try:
-        error = execute(job, lambda: pipe.send(None))
+        pipe.send((work(task, lambda: pipe.send(None)), None))
+    except Exception as error:
+        pipe.send((None, error))
     except KeyboardInterrupt:
-        error = "interrupted"
-    pipe.send(write_results(job, time.perf_counter() - start, _peak_gb(), error))
+        pass
 
 
 def _interrupt(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _work(job: Job, tick: Callable[[], None]) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        error = execute(job, tick)
+    except KeyboardInterrupt:
+        error = "interrupted"
+    return write_results(job, time.perf_counter() - start, _peak_gb(), error)
 
 
 def _peak_gb() -> float | None:
