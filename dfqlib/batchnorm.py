@@ -223,7 +223,7 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         InputError: the network cannot be traced.
 
-    Taught in notebook 09.
+    Taught in notebook 10.
     """
     try:
         traced = torch.fx.symbolic_trace(copy.deepcopy(model).eval())
