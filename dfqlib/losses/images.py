@@ -14,7 +14,7 @@ def total_variation_loss(images: Tensor) -> Tensor:
     Returns:
         Scalar tensor, differentiable in ``images``.
 
-    Taught in notebook 05.
+    Taught in notebook 03.
     """
     right = images[..., :, 1:] - images[..., :, :-1]
     down = images[..., 1:, :] - images[..., :-1, :]

@@ -98,7 +98,7 @@ def gdfq_student_loss(
     Returns:
         Scalar tensor.
 
-    Taught in notebook 08.
+    Taught in notebook 06.
     """
     distillation = distillation_loss(student, teacher, temperature, variant=variant)
     return label_weight * label_loss(student, labels) + kd_weight * distillation
@@ -170,7 +170,7 @@ def dafl_loss(
     Raises:
         InputError: ``variant`` is unknown.
 
-    Taught in notebook 04.
+    Taught in notebook 05.
     """
     check_variant(variant)
     unit = math.log(10) if variant == "released" else 1.0
@@ -195,7 +195,7 @@ def deep_inversion_loss(
     Returns:
         Scalar tensor.
 
-    Taught in notebook 05.
+    Taught in notebook 03.
     """
     statistics = bn_norm_loss(probe, reduction="sum")
     return label_loss(teacher, labels) + bn_weight * statistics + tv_weight * total_variation_loss(images)

@@ -81,7 +81,7 @@ def one_hot_loss(logits: Tensor) -> Tensor:
     Returns:
         Scalar tensor, differentiable in ``logits``.
 
-    Taught in notebook 04.
+    Taught in notebook 05.
     """
     return F.cross_entropy(logits, logits.argmax(1))
 
@@ -104,7 +104,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
     Raises:
         InputError: the shapes differ, the temperature is not positive, or ``variant`` is unknown.
 
-    Taught in notebook 02.
+    Taught in notebook 05.
     """
     check_variant(variant)
     _check_same_shape(student, teacher)
@@ -146,7 +146,7 @@ def dfad_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         InputError: the shapes differ.
 
-    Taught in notebook 08.
+    Taught in notebook 05.
     """
     _check_same_shape(student, teacher)
     return (teacher - student).abs().mean()
@@ -169,7 +169,7 @@ def competition_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0)
     Raises:
         InputError: the shapes differ or the temperature is not positive.
 
-    Taught in notebook 08.
+    Taught in notebook 03.
     """
     _check_same_shape(student, teacher)
     if not temperature > 0:

@@ -46,7 +46,7 @@ def slack_margins(
         InputError: ``percentile`` is not between 0 and 1, ``images`` is not positive, or there is no
             BatchNorm.
 
-    Taught in notebook 05.
+    Taught in notebook 03.
     """
     if not 0 <= percentile <= 1:
         raise InputError(f"percentile={percentile} must be from 0 to 1, for example 0.9")
@@ -94,7 +94,7 @@ def slack_bn_loss(probe: BatchNormProbe, margins: Sequence[SlackMargin]) -> Tens
     Raises:
         InputError: there are more or fewer margins than layers, or the probe is empty.
 
-    Taught in notebook 05.
+    Taught in notebook 03.
     """
     terms = [_slack_gap(layer, margin, per_sample=False) for layer, margin in _pairs(probe, margins)]
     return torch.stack(terms).sum()
@@ -117,7 +117,7 @@ def layerwise_enhancement(probe: BatchNormProbe, margins: Sequence[SlackMargin])
     Raises:
         InputError: the batch has another size, or the number of margins is another.
 
-    Taught in notebook 05.
+    Taught in notebook 03.
     """
     pairs = _pairs(probe, margins)
     batch = len(pairs[0][0].input)

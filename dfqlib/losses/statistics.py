@@ -25,7 +25,7 @@ def bn_norm_loss(probe: BatchNormProbe, reduction: str = "mean") -> Tensor:
     Raises:
         InputError: ``reduction`` is unknown, or the probe is empty.
 
-    Taught in notebook 05.
+    Taught in notebook 03.
     """
     if reduction not in ("mean", "sum"):
         raise InputError(f"reduction={reduction!r} is unknown: use 'mean' or 'sum'")
@@ -49,7 +49,7 @@ def bn_divergence_loss(probe: BatchNormProbe) -> Tensor:
     Returns:
         Scalar tensor, differentiable in the network's input.
 
-    Taught in notebook 03.
+    Taught in notebook 04.
     """
     total = torch.zeros(())
     for layer in probe:
@@ -100,7 +100,7 @@ def bn_gaussian_kl_loss(probe: BatchNormProbe) -> Tensor:
     Returns:
         Scalar tensor, differentiable in the network's input.
 
-    Taught in notebook 03.
+    Taught in notebook 04.
     """
     terms = []
     for layer in probe:
@@ -125,7 +125,7 @@ def zeroq_loss(probe: BatchNormProbe, images: Tensor) -> Tensor:
     Returns:
         Scalar tensor, differentiable in ``images``.
 
-    Taught in notebook 05.
+    Taught in notebook 03.
     """
     values = images.flatten(2)
     total = _sample_gap(values.mean(2), values.var(2), values.new_zeros(()), values.new_ones(()))

@@ -13,7 +13,7 @@ Where the released code differs: it measures the entropy in decimal digits (``va
 best epoch on the test set, here the last. Its weights are 0.05, 20 and 0.01 for CIFAR-100; and 1, 5 and 0.1 for MNIST,
 with 200 epochs of 512 images from 100 numbers each, G at 0.2 and a student trained by Adam at 0.002.
 
-Taught in notebook 04, its distillation in notebook 05.
+Taught in notebook 05.
 """
 
 import copy

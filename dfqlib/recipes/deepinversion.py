@@ -13,7 +13,7 @@ released command. Where the released code for CIFAR differs: it shifts the image
 r = 100 and lr = 0.1, with those of "the paper" r = 10 and lr = 0.05 as here, and for "better reconstructed images"
 lr = 0.1 and c_tv = 0.001.
 
-Taught in notebook 05.
+Taught in notebook 03.
 """
 
 import copy

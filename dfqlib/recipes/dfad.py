@@ -11,7 +11,7 @@ Where the released code differs: for segmentation G ascends ``log(1 + mean|T - S
 S; G's BatchNorm has the usual eps, here that of DAFL, whose G it otherwise is; the best epoch on the test set is
 reported, here the last. For MNIST it takes 40 epochs of 512 images from 100 numbers each, S at 0.01 with decay 1e-4.
 
-Taught in notebook 08.
+Taught in notebook 05.
 """
 
 import copy

@@ -19,7 +19,7 @@ epoch 120 batches, fine-tuning batches 128 images; the student is left in traini
 statistics drift to the generated images (``student_bn="train"``); the best epoch on the test set is reported, here the
 last.
 
-Taught in notebook 04, its distillation in notebook 05, its quantization in notebook 07.
+Taught in notebook 06, its distillation in notebook 05.
 """
 
 import copy

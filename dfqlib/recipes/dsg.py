@@ -14,7 +14,7 @@ Where the released code differs: for fine-tuning it takes ``max(|gap - delta|, 0
 the slack, so that even a gap of zero costs; here it is the paper's form throughout. Fine-tuning is express's, not the
 generator of the journal version.
 
-Taught in notebook 05.
+Taught in notebooks 03 and 09.
 """
 
 import copy

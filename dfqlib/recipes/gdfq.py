@@ -16,7 +16,7 @@ The paper's quantizer, all layers at n bits, affine and per channel with ranges 
 ``paper_spec("w4a4")``. Any other ``QuantSpec`` works too: symmetric steps come from the warm generator's images by the
 MSE criterion, and learned ranges train at a tenth of the learning rate.
 
-Taught in notebook 05.
+Taught in notebooks 04 and 06.
 """
 
 import copy

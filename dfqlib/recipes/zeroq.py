@@ -10,7 +10,7 @@ order of their definition, which breaks at a convolution without one. Here the B
 Its choice of a width per layer (the Pareto frontier) is not part of this recipe: layers have the widths of ``bits``.
 The paper's quantizer is ``QuantSpec(scheme="affine", granularity="channel", step="fixed")``.
 
-Taught in notebook 05.
+Taught in notebook 03.
 """
 
 import math
