@@ -5,8 +5,8 @@
     python benchmarks/mutations.py --missing              # what no run has looked at yet
 
 A mutation turns the sign of a whole loss, or of one term of an objective. The lessons that use it are run, the one that
-its docstring names first, until a cell fails. Writes results/mutations.json after each. Exit code: 0; 1 when a mutation
-survived.
+its docstring names first, then their solutions, until a cell fails or, in one that runs through, an output differs that
+nbval compares. Writes results/mutations.json after each. Exit code: 0; 1 when a mutation survived.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
 RESULTS = ROOT / "results" / "mutations.json"
 CELL_TIMEOUT = 600
 WITHOUT_SUFFIX = ("batch_entropy", "layerwise_enhancement", "sample_entropy")  # losses that are not called so
@@ -104,7 +105,8 @@ def lessons_for(function: str) -> list[Path]:
     named = re.findall(r"notebook (\d\d)", inspect.getdoc(getattr(losses, function)) or "")
     every = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     using = [path for path in every if re.search(rf"\b{function}\b", code(path))]
-    return sorted(using, key=lambda path: path.name[:2] not in named) or [p for p in every if p.name[:2] in named]
+    lessons = sorted(using, key=lambda path: path.name[:2] not in named) or [p for p in every if p.name[:2] in named]
+    return lessons + [path.parent / "solutions" / path.name for path in lessons]
 
 
 def code(path: Path) -> str:
@@ -140,32 +142,34 @@ def check_used(package: Path, environment: dict[str, str]) -> None:
 
 
 def failing_cell(lesson: Path, environment: dict[str, str]) -> dict[str, Any] | None:
-    """The first cell that fails, with its number, what it says and where; None when all run."""
-    notebook = nbformat.read(lesson, as_version=4)
+    """The first cell that fails, or whose compared output differs; None when all is as it was."""
+    from _compare import stale_cells
+    from _notebooks import code_cells
+    from refresh import tidy
+
+    kept, notebook = (nbformat.read(lesson, as_version=4) for _ in range(2))
+    where = str(lesson.relative_to(ROOT / "notebooks").with_suffix(""))
     client = NotebookClient(
         notebook,
         kernel_name="python3",
         timeout=CELL_TIMEOUT,
         resources={"metadata": {"path": str(lesson.parent)}},
         extra_arguments=["--log-level=CRITICAL"],
+        store_widget_state=False,
+        coalesce_streams=True,
     )
     try:
         client.execute(env=environment)
     except CellExecutionError as error:
-        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        number = next(
-            index
-            for index, cell in enumerate(cells, start=1)
-            if any(output.output_type == "error" for output in cell.outputs)
-        )
+        failed = [any(output.output_type == "error" for output in cell.outputs) for cell in code_cells(notebook)]
         plain = re.sub(r"\x1b\[[0-9;]*m", "", error.traceback)
         statement = re.search(r"^-+> \d+ +(.+)$", plain, re.MULTILINE)
-        return {
-            "lesson": lesson.stem,
-            "cell": number,
-            "statement": statement[1] if statement else "",
-            "error": f"{error.ename}: {error.evalue}".strip().rstrip(":"),
-        }
+        found = {"statement": statement[1] if statement else "", "error": f"{error.ename}: {error.evalue}".rstrip(": ")}
+        return {"lesson": where, "cell": failed.index(True) + 1, **found}
+    tidy(notebook)
+    for report in stale_cells(kept, notebook, exact=False):
+        number = int(report.partition("]")[0].removeprefix("cell ["))
+        return {"lesson": where, "cell": number, "output": report.partition(": ")[2]}
     return None
 
 
