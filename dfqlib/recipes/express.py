@@ -61,6 +61,7 @@ class Settings:
         alignment: weight of the channel attention's distance; HAST's 1000, its distillation loss counted 20 times.
         adaptability: weight of AdaDFQ's generator loss, in place of the label cross-entropy, in the second half of the
             images, which the first half's ranges do not follow; there 1, and a generator that goes on learning.
+            Here too 1 is much beside the statistics; try 0.2.
         low_pass: standard deviation, in pixels, of the blur of the finished images; SynQ's 0.05 to 0.25 at 32 pixels.
         selective_labels: the student also learns the labels of images of difficulty 1 - p_y below this threshold;
             SynQ's 0.5 to 0.7. The teacher looks once at the whole image (there at each batch): later it is CutMix.
