@@ -22,8 +22,12 @@ _MESSAGE = '<div style="padding:.4em;border-left:4px solid #D55E00;background:#F
 def seed_everything(seed: int) -> None:
     """Seed the random numbers of Python, NumPy and PyTorch, and use PyTorch's deterministic algorithms.
 
+    Raises:
+        InputError: ``seed`` is no whole number from 0 to 2³² - 1.
+
     Taught in notebook 01.
     """
+    check_parameters({"seed": seed}, {"seed": (int, 0, 2**32 - 1)})
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -101,6 +101,12 @@ def test_verdicts(answer, expected, verdict):
     assert widgets.check("e", answer, expected, hint="look") == verdict
 
 
+def test_a_seed_that_is_none_is_refused():
+    for seed in ("one", -1, 2**32, 1.5):
+        with pytest.raises(InputError, match=f"seed={seed!r} must be a whole number from 0 to 4294967295"):
+            widgets.seed_everything(seed)
+
+
 def test_a_seed_fixes_every_source_of_random_numbers():
     before = torch.are_deterministic_algorithms_enabled()
     drawn = []
