@@ -4,8 +4,8 @@
     python benchmarks/lessons.py --only 07 10 --jobs 1
 
 Needs the CIFAR-10 test folder and the ResNet-20 checkpoint under ``--data`` (default: $DFQLIB_DATA, then
-../shared/data). Writes results/lessons/<lesson>.json (parameters, numbers, seconds, peak memory, versions) and .png (the
-figures below one another). A lesson that fails leaves what was there before. Exit code: 0, or 1 when one failed.
+../shared/data). Writes results/lessons/<lesson>.json (parameters, numbers, seconds, peak memory, versions) and
+.png (figures). A lesson that fails leaves what was there before. Exit code: 0, or 1 when one failed.
 """
 
 import argparse
