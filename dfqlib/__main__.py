@@ -167,6 +167,10 @@ def _add_run(group: Any) -> None:
     group.add_argument(
         "--recipe", default="express", help=f"{', '.join(recipes.names())} (default: %(default)s)", metavar="NAME"
     )
+    group.add_argument(
+        "--images", metavar="DATA",
+        help="real images for the recipes real and calibrate; as for --evaluate, of a data set its training split",
+    )  # fmt: skip
     group.add_argument("--budget", default="quick", help="quick or published (default: %(default)s)")
     group.add_argument(
         "--set", action="append", default=[], dest="settings", metavar="NAME=VALUE",

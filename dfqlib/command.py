@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib import models, recipes
+from dfqlib.batchnorm import RECIPES_WITH_IMAGES
 from dfqlib.errors import InputError
 from dfqlib.evaluate import Batches, agreement, compare_classes, predict_classes
 from dfqlib.export import check_exportable, export_onnx, integer_network
@@ -23,7 +24,7 @@ from dfqlib.export.verify import verify_export
 from dfqlib.recipes import Report
 from dfqlib.saving import load_quantized, save_quantized
 from dfqlib.spec import QuantSpec
-from dfqlib.subject import Subject, build_own, evaluation_images, load_subject
+from dfqlib.subject import Subject, build_own, labelled_images, load_subject
 from dfqlib.training import check_writable
 
 INTEGER_SHARE = 0.2
@@ -55,6 +56,7 @@ def quantize(options: argparse.Namespace) -> int:
         step=options.step, skip=options.skip,
     )  # fmt: skip
     settings = read_settings(options.settings, options.recipe, options.budget)
+    _check_images(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     subject = load_subject(options)
@@ -64,8 +66,11 @@ def quantize(options: argparse.Namespace) -> int:
         check_exportable(subject.model, spec, subject.image_shape)
     reference = None
     if options.evaluate is not None:
-        loader = evaluation_images(options.evaluate, subject)
+        loader = labelled_images(options.evaluate, subject)
         reference = _Reference(loader, *predict_classes(subject.model, loader))
+    if options.images is not None:
+        given = labelled_images(options.images, subject, "--images", "train")
+        settings["images"] = torch.cat([images for images, _ in given])
     if as_integers and options.recipe == "express":
         settings.setdefault("integer_share", INTEGER_SHARE)
     report = recipes.quantize(
@@ -94,6 +99,15 @@ def quantize(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_images(options: argparse.Namespace) -> None:
+    """Whether the recipe takes real images, and has some where it cannot do without."""
+    if options.images is not None and options.recipe not in RECIPES_WITH_IMAGES:
+        able = " and ".join(RECIPES_WITH_IMAGES)
+        raise InputError(f"--images={options.images}: --recipe {options.recipe} makes its own; {able} take some")
+    if options.images is None and options.recipe == "real":
+        raise InputError("--recipe real fine-tunes on real images: name them with --images, or take --recipe express")
+
+
 def export(options: argparse.Namespace) -> int:
     """``dfqlib export``: a saved network as an integer file, checked on images where there are some."""
     _check_files(options)
@@ -110,7 +124,7 @@ def export(options: argparse.Namespace) -> int:
     print(f"written: {written} ({written.stat().st_size / 1e6:.2f} MB; an integer network for ONNX Runtime)")
     if options.evaluate is not None:
         described = [saved[name] and tuple(saved[name]) for name in ("mean", "std", "classes")]
-        loader = evaluation_images(options.evaluate, Subject(network, saved["arch"], tuple(shape), *described))
+        loader = labelled_images(options.evaluate, Subject(network, saved["arch"], tuple(shape), *described))
         images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
         print(f"\non {options.evaluate}:\n{verify_export(network, written, images, labels)}")
     return 0

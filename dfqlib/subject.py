@@ -87,21 +87,27 @@ def build_own(arch: str) -> nn.Module:
     return model
 
 
-def evaluation_images(name: str, subject: Subject) -> Batches:
-    """The images of ``--evaluate``, after a check that they suit the network.
+def labelled_images(name: str, subject: Subject, option: str = "--evaluate", split: str = "test") -> Batches:
+    """The images that an option names, after a check that they suit the network.
+
+    Args:
+        name: a folder of ``<class>/<image>``, or a data set of ``data.load_data``.
+        subject: the network, and its preprocessing.
+        option: for messages.
+        split: of a data set.
 
     Raises:
         InputError: no such data, preprocessing not known, images of another shape, or class folders that cannot be
             assigned to the network's outputs.
     """
-    what = f'--evaluate="{name}"'
+    what = f'{option}="{name}"'
     is_folder = name not in NORMALIZATION
     if is_folder and not Path(name.removeprefix("folder:")).is_dir():
         raise InputError(f"{what} is neither a folder nor one of {', '.join(NORMALIZATION)}")
     if is_folder and (subject.mean is None or subject.std is None):
         raise InputError(f"{what} needs --mean and --std, those the network was trained with")
     source = f"folder:{name.removeprefix('folder:')}" if is_folder else name
-    loader = load_data(source, mean=subject.mean, std=subject.std, classes=subject.classes)
+    loader = load_data(source, split, mean=subject.mean, std=subject.std, classes=subject.classes)
     images: Tensor = next(iter(loader))[0]
     found, wanted = tuple(images.shape[1:]), tuple(subject.image_shape)
     if found != wanted:

@@ -99,6 +99,17 @@ def test_the_same_command_writes_the_same_network(dfq: Callable[..., Result], tm
     assert all(torch.equal(first[name], value) for name, value in second.items())
 
 
+def test_real_images_are_the_ceiling(dfq: Callable[..., Result], tmp_path: Path) -> None:
+    given = ["--recipe", "real", "--images", "digits", "--set=steps=2", "--set=batch=4", "--bits", "w3a3", "--quiet"]
+    done = dfq("quantize", "--arch", "digits_resnet8", *given, "--output", tmp_path / "q.pt")
+    assert done.code == 0, done.err
+    assert "real (quick)" in done.out
+    without = dfq("quantize", "--arch", "digits_resnet8", "--recipe", "real", "--output", tmp_path / "none.pt")
+    assert (without.code, "name them with --images" in without.err) == (2, True)
+    saved: Any = dfqlib.load_quantized(tmp_path / "q.pt").meta
+    assert saved["saved"]["settings"]["images"].startswith("1297x1x16x16")
+
+
 def test_without_data_the_agreement_is_on_the_synthetic_images(dfq: Callable[..., Result], tmp_path: Path) -> None:
     options = ("--edge-bits", 4, "--granularity", "channel", "--scheme", "affine", "--step", "fixed", "--skip", "float")
     result = dfq(*DIGITS, *options, "--output", tmp_path / "q.pt")
@@ -249,6 +260,7 @@ def refused(dfq: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.Monk
         (["--mean", "grey"], '"grey" must be one number per channel'),
         (["--evaluate", "cifar11"], '--evaluate="cifar11" is neither a folder nor one of digits, mnist'),
         (["--sha256", "00000000"], "expected 00000000; fetch the file again"),
+        (["--images", "digits"], "--recipe express makes its own; calibrate and real take some"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
 )
