@@ -2,6 +2,7 @@
 
 import csv
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from dfqlib.__main__ import main
 from dfqlib.rerun import Parameter, read_grid, read_notebook, read_parameters, values_for
 from dfqlib.rerun.execution import displayed_json
 from dfqlib.rerun.grid import flatten
+from dfqlib.rerun.processes import run_apart
 
 PARAMETERS = """\
 seed: int = 0  # of everything
@@ -296,3 +298,11 @@ def test_only_dictionaries_that_were_displayed_count_as_results() -> None:
     shown = [{"application/json": {"a": 1}}, {"application/json": [2]}, {"text/plain": "a"}]
     output = [nbformat.v4.new_output("display_data", data) for data in shown]
     assert displayed_json(new_notebook(cells=[new_code_cell("", outputs=output)])) == {"a": 1}
+
+
+def test_an_error_of_the_runner_itself_is_not_taken_for_a_killed_process() -> None:
+    def killed(task: int, seconds: float) -> None:
+        pytest.fail(f"{task} was not killed")
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        list(run_apart(operator.truediv, [1], 1, killed))  # type: ignore[arg-type]

@@ -188,7 +188,9 @@ def _last_cell(executed: Path) -> tuple[int | None, str]:
     """Find the cell that was being executed when papermill gave up."""
     if not executed.exists():
         return None, ""
-    started = [cell for cell in code_cells(read_notebook(executed)) if cell.metadata["papermill"].get("start_time")]
+    started = [
+        cell for cell in code_cells(read_notebook(executed)) if cell.metadata.get("papermill", {}).get("start_time")
+    ]
     return (len(started), started[-1].source) if started else (None, "")
 
 
