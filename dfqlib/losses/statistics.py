@@ -100,7 +100,7 @@ def bn_gaussian_kl_loss(probe: BatchNormProbe) -> Tensor:
     Returns:
         Scalar tensor, differentiable in the network's input.
 
-    Taught in notebook 04.
+    Taught in notebook 08.
     """
     terms = []
     for layer in probe:
