@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfqlib import integer, losses, synthesis
+from dfqlib import integer, losses, quantizer, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.evaluate import predict
@@ -53,6 +53,7 @@ class Settings:
         integer_share: share of the last steps in which the student computes in integers, biases and sums included, as
             its exported file will; 0 for fake quantization throughout.
         bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
+        compiled: fine-tune with compiled quantizers where there is a compiler: some 15 s once, then faster steps.
         superposed: probability of an image's label being a mixture of classes; Qimera's 0.4.
         hard_samples: weight beta of HAST's (1 - p_y)^2 CE, in place of ``label_weight`` and the plain cross-entropy;
             there 10, beside squared BatchNorm losses. Here 1 already keeps the statistics from matching; try 0.2.
@@ -82,6 +83,7 @@ class Settings:
     cutmix: float = 1.0
     integer_share: float = 0.0
     bf16: bool = True
+    compiled: bool = False
     superposed: float = 0.0
     hard_samples: float = 0.0
     perturbation: float = 0.0
@@ -120,6 +122,8 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     if settings.adaptability:
         images = torch.cat([images, synthesize(task, settings, calibrated)])
     student = copy.deepcopy(calibrated)
+    if settings.compiled:
+        quantizer.use_compiler(student)
     fine_tune(task, student, images, spec, settings, learned_labels(task, images, settings))
     return Outcome(student, images, calibrated)
 
