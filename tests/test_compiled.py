@@ -67,10 +67,8 @@ def test_steps_per_channel_and_empty_batches_go_the_plain_way(kernels: Kernels) 
 
 
 def test_express_learns_the_same_with_them(kernels: Kernels) -> None:
-    teacher, short = (
-        dfqlib.load_model("digits_resnet8"),
-        {"images": 16, "synthesis_steps": 2, "steps": 6, "bf16": False},
-    )
+    teacher = dfqlib.load_model("digits_resnet8")
+    short = {"images": 16, "synthesis_steps": 2, "steps": 6, "bf16": False}
     runs = [dfqlib.quantize(teacher, (1, 16, 16), "w3a3", progress=False, compiled=c, **short) for c in (True, False)]
     ours, plain = (torch.cat([p.flatten() for p in run.model.parameters()]) for run in runs)
     torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
