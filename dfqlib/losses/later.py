@@ -22,8 +22,6 @@ def difficulty(logits: Tensor, labels: Tensor) -> Tensor:
 
     Returns:
         Shape (batch,), from 0 (shown with certainty) to 1.
-
-    Taught in notebook 06.
     """
     return 0.5 * (F.softmax(logits, dim=1) - as_probabilities(logits, labels)).abs().sum(1)
 
@@ -49,8 +47,6 @@ def hard_sample_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0) -> Tens
 
     Raises:
         InputError: gamma is negative.
-
-    Taught in notebook 06.
     """
     if not gamma >= 0:
         raise InputError(f"gamma={gamma} must be 0 or more, for example 2.0")
@@ -87,8 +83,6 @@ def adaptability_loss(
 
     Raises:
         InputError: the shapes differ, or low and high are not in order within 0 ... 1.
-
-    Taught in notebook 06.
     """
     if student.shape != teacher.shape:
         raise InputError(f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}; give the same")
@@ -116,8 +110,6 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tens
 
     Raises:
         InputError: there are none, or not as many of one as of the other.
-
-    Taught in notebook 06.
     """
     if len(student) != len(teacher) or not student:
         raise InputError(f"{len(student)} student and {len(teacher)} teacher feature maps; give as many, at least one")
@@ -141,8 +133,6 @@ def trusted_labels(logits: Tensor, labels: Tensor, threshold: float) -> Tensor:
 
     Returns:
         Probabilities, shape (batch, classes); a row of zeros where the label is not trusted.
-
-    Taught in notebook 06.
     """
     trusted = difficulty(logits, labels) < threshold
     return as_probabilities(logits, labels) * trusted.unsqueeze(1)
