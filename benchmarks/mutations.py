@@ -11,6 +11,7 @@ nbval compares. Writes results/mutations.json after each. Exit code: 0; 1 when a
 
 import argparse
 import ast
+import functools
 import inspect
 import json
 import os
@@ -109,6 +110,7 @@ def lessons_for(function: str) -> list[Path]:
     return lessons + [path.parent / "solutions" / path.name for path in lessons]
 
 
+@functools.cache
 def code(path: Path) -> str:
     cells = nbformat.read(path, as_version=4).cells
     return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
@@ -186,14 +188,17 @@ def write(results: dict[str, Any]) -> None:
 def main() -> int:
     from dfqlib import losses
 
-    every = [name for name in losses.__all__ if name.endswith("_loss") or name in WITHOUT_SUFFIX]
+    named_so = (name for name in losses.__all__ if name.endswith("_loss") or name in WITHOUT_SUFFIX)
+    every = [name for name in named_so if lessons_for(name)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("functions", nargs="*", metavar="LOSS", help="names in dfqlib.losses (default: all)")
+    parser.add_argument(
+        "functions", nargs="*", metavar="LOSS", help="names in dfqlib.losses (default: all that a lesson uses)"
+    )
     parser.add_argument("--missing", action="store_true", help="leave out what the results have already caught")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time (default: %(default)s)")
     options = parser.parse_args()
     if unknown := set(options.functions) - set(every):
-        parser.error(f"{sorted(unknown)[0]} is no loss of the library; they are {', '.join(every)}")
+        parser.error(f"{sorted(unknown)[0]} is no loss that a lesson uses; they are {', '.join(every)}")
     os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
     results: dict[str, Any] = json.loads(RESULTS.read_text())["mutations"] if RESULTS.exists() else {}
     todo = list(mutations(options.functions or every))
