@@ -191,9 +191,7 @@ def main() -> int:
     named_so = (name for name in losses.__all__ if name.endswith("_loss") or name in WITHOUT_SUFFIX)
     every = [name for name in named_so if lessons_for(name)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "functions", nargs="*", metavar="LOSS", help="names in dfqlib.losses (default: all that a lesson uses)"
-    )
+    parser.add_argument("functions", nargs="*", metavar="LOSS", help="names in dfqlib.losses (default: all taught)")
     parser.add_argument("--missing", action="store_true", help="leave out what the results have already caught")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time (default: %(default)s)")
     options = parser.parse_args()
