@@ -127,7 +127,7 @@ class BatchNormProbe:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "BatchNormProbe":
-        self._handles = [self._model.register_forward_pre_hook(lambda *_: self._records.clear())]
+        self._handles = [self._model.register_forward_pre_hook(self._eraser())]
         self._handles += [layer.register_forward_pre_hook(self._recorder(name)) for name, layer in self._layers.items()]
         return self
 
@@ -136,9 +136,18 @@ class BatchNormProbe:
             handle.remove()
         self._handles = []
 
+    # A copy of the model that is made meanwhile takes the hooks along, and they must not take it for the model.
+    def _eraser(self) -> Any:
+        def erase(model: nn.Module, _: object) -> None:
+            if model is self._model:
+                self._records.clear()
+
+        return erase
+
     def _recorder(self, name: str) -> Any:
         def record(layer: _BatchNorm, args: tuple[Tensor, ...]) -> None:
-            self._records.append((name, layer, args[0], _version(args[0])))
+            if layer is self._layers[name]:
+                self._records.append((name, layer, args[0], _version(args[0])))
 
         return record
 

@@ -104,6 +104,15 @@ def test_gradient_of_the_statistics(shape: tuple[int, ...]) -> None:
     assert torch.autograd.gradcheck(statistics, torch.randn(shape, dtype=torch.float64, requires_grad=True))
 
 
+def test_a_copy_made_under_the_probe_is_not_recorded(network: nn.Module) -> None:
+    images = torch.randn(2, 3, 8, 8)
+    with BatchNormProbe(network) as probe:
+        network(images)
+        seen = [layer.input for layer in probe]
+        copy.deepcopy(network)(images)
+        assert [layer.input for layer in probe] == seen
+
+
 def test_an_unused_probe_says_what_to_do(network: nn.Module) -> None:
     with BatchNormProbe(network) as probe, pytest.raises(InputError, match="call the model"):
         list(probe)

@@ -104,8 +104,8 @@ def test_affine_range_is_the_bias_corrected_moving_average() -> None:
     average, highs = 0.0, [1.0, 3.0, 2.0, 7.0]
     for high in highs:
         quantizer(torch.tensor([[0.0, high]]))
-        average = 0.99 * average + 0.01 * high
-    assert quantizer.high.item() == pytest.approx(average / (1 - 0.99 ** len(highs)), rel=1e-5)
+        average = 0.9 * average + 0.1 * high
+    assert quantizer.high.item() == pytest.approx(average / (1 - 0.9 ** len(highs)), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dfqlib.spec import integer_range
 
 Mode = Literal["float", "calibrate", "quantize"]
 
-MOMENTUM = 0.99
+MOMENTUM = 0.9
 """Decay of the moving average of activation ranges (GDFQ's released code)."""
 
 
