@@ -1,10 +1,13 @@
 """Figures in the README come from results/*.json, which say how they were measured."""
 
+import ast
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,3 +33,22 @@ def test_a_result_says_how_it_was_measured(path: Path) -> None:
         assert entry["summary"]["seeds"] == seeds
         mean = sum(run["difference"] for run in entry["runs"]) / len(seeds)
         assert entry["summary"]["difference"] == pytest.approx(mean)
+
+
+def test_lesson_10_shows_the_times_that_were_measured() -> None:
+    runs = [run for run in json.loads((ROOT / "results" / "export.json").read_text())["runs"] if run["bits"] == "w4a4"]
+    notebook = nbformat.read(ROOT / "notebooks" / "10_deploy.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if cell.source.startswith("RECORDED = ")]
+    recorded = ast.literal_eval(ast.parse(cell.source).body[0].value)  # type: ignore[attr-defined]
+    engines = {
+        "PyTorch\nFP32": ("int8", "PyTorch FP32"),
+        "ONNX Runtime\nFP32": ("int8", "ONNX Runtime FP32"),
+        "int8 file": ("int8", "integer file"),
+        "int4 file": ("int4", "integer file"),
+    }
+    assert set(recorded) == set(engines)
+    for name, (container, engine) in engines.items():
+        measured = [
+            statistics.median(run[container]["milliseconds"][engine][batch] for run in runs) for batch in ("1", "64")
+        ]
+        assert recorded[name] == pytest.approx(measured, rel=0.02)
