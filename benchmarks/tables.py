@@ -51,7 +51,7 @@ ROWS = {
 def _spread(summary: dict[str, Any], key: str) -> str:
     mean, deviation = summary[key], summary.get(f"{key}_std")
     sign = "+" if key == "difference" else ""
-    return f"{mean:{sign}.2f} ± {deviation:.2f}" if deviation is not None else f"{mean:{sign}.2f}"
+    return f"{mean:{sign}.2f} ± {deviation:.2f}" if deviation is not None else f"{mean:{sign}.2f} (one run)"
 
 
 def accuracy(recipe: str) -> str:
