@@ -3,7 +3,7 @@
 import errno
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ from dfqlib import integer
 from dfqlib.__main__ import main
 from dfqlib.errors import InputError
 from dfqlib.evaluate import predict
-from dfqlib.export import export_onnx, integer_network
+from dfqlib.export import Container, export_onnx, integer_network
 from dfqlib.export.verify import FLOAT_TORCH, float_network, load, verify_export
 from dfqlib.integer.layer import IntegerLayer
 from dfqlib.networks.resnet import CifarResNet
@@ -156,6 +156,7 @@ def test_every_logit_of_the_file_is_that_of_the_simulation(
     found, operations = logits_of_file(path, images)
     assert torch.equal(found, predict(integer_network(network, shape), images))
     assert not {"Conv", "Gemm", "MatMul", "FusedConv", "Sigmoid"} & set(operations)
+    assert operations.get("QGemm", 0) == sum(isinstance(module, nn.Linear) for module in network.modules())
     assert found.std() > 0
 
 
@@ -166,6 +167,23 @@ def test_depthwise_layers_and_relu6_run_in_integers(tmp_path: Path) -> None:
     assert torch.equal(found, predict(integer_network(network, (3, 8, 8)), images))
     assert operations["QLinearConv"] == 3
     torch.testing.assert_close(found, predict(network, images), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(("bits", "granularity"), [("w8a8", "channel"), ("w4a4", "tensor"), ("w3a3", "channel")])
+def test_linear_layers_are_one_kernel_each_and_the_last_one_ends_in_floats(
+    bits: str, granularity: str, tmp_path: Path
+) -> None:
+    shape, images = (1, 16, 16), torch.randn(20, 1, 16, 16)
+    layers = [nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 32), nn.Linear(32, 10, bias=False)]  # the last reads signs
+    network = quantized(nn.Sequential(nn.Flatten(), *layers).eval(), shape, bits, granularity=granularity)
+    expected = predict(integer_network(network, shape), images)
+    for container in get_args(Container):
+        path = export_onnx(network, tmp_path / "net.onnx", shape, container)
+        found, operations = logits_of_file(path, images)
+        assert torch.equal(found, expected)
+        assert torch.equal(logits_of_file(path, images[:1])[0], expected[:1])  # a kernel of its own for one row
+        assert operations["QGemm"] == 3
+        assert set(operations) <= {"QGemm", "QuantizeLinear", "Flatten", "Clip"}
 
 
 @pytest.mark.parametrize("skip", ["quantized", "float"])
@@ -195,7 +213,7 @@ def test_digits_leave_as_integers_with_their_accuracy(bits: str, tmp_path: Path)
     assert check.model_top1 is not None
     assert abs(check.file_top1 - check.model_top1) < (3 if bits == "w3a3" else 1)
     assert check.all_integer
-    assert check.operations["QLinearConv"] == 9
+    assert (check.operations["QLinearConv"], check.operations["QGemm"]) == (9, 1)
     assert set(check.milliseconds[FLOAT_TORCH]) == {1, 64}
     assert "100.00 % of 200 images" in str(check)
 
@@ -243,7 +261,7 @@ def test_packed_codes_are_the_codes(tmp_path: Path) -> None:
         found = onnx.numpy_helper.to_array(stored[f"{layer.name}_weight"]).astype(np.int8)
         codes = layer.integers()[0].numpy()
         assert stored[f"{layer.name}_weight"].data_type == onnx.TensorProto.INT4
-        assert np.array_equal(found, codes.T if layer.name == "head" else codes)
+        assert np.array_equal(found, codes)
 
 
 def test_a_negative_gain_flips_codes_and_the_most_negative_one_has_no_twin() -> None:

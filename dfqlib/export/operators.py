@@ -93,42 +93,32 @@ def _dequantize(writer: Writer, node: fx.Node, _: Dequantize) -> None:
 
 
 def _layer(writer: Writer, node: fx.Node, layer: IntegerLayer) -> None:
-    if not layer.is_convolution and len(writer.shapes[_source(node).name]) != 1:
+    source = _source(node)
+    if not layer.is_convolution and len(writer.shapes[source.name]) != 1:
         raise InputError(f"{layer.name} multiplies more than two dimensions, which has no form here; flatten first")
-    if layer.target is None and _source(node) in writer.grids:
-        _last_layer(writer, node, layer)
+    if layer.is_convolution and layer.target is None and source in writer.grids:
+        _last_convolution(writer, node, layer)
         return
-    output = OUTPUT if layer.target is None else f"{node.name}_sum"
-    if layer.is_convolution:
-        inputs = [writer.real(_source(node)), *writer.layer_constants(node, layer)]
-        writer.add("Conv", inputs, output, **_convolution(layer))
-    else:
-        writer.linear(node, _source(node), layer, output)
+    kind, attributes = ("Conv", _convolution(layer)) if layer.is_convolution else ("Gemm", {"transB": 1})
+    inputs = [writer.real(source), *writer.layer_constants(node, layer)]
+    values = writer.add(kind, inputs, OUTPUT if layer.target is None else f"{node.name}_sum", **attributes)
     if layer.target is None:
-        writer.keep(node, output, None)
+        writer.keep(node, values, None)
     else:
-        writer.store(node, output, layer.target)
-        if not layer.is_convolution:
-            writer.flatten(node)
+        writer.store(node, values, layer.target)
 
 
-def _last_layer(writer: Writer, node: fx.Node, layer: IntegerLayer) -> None:
-    """Logits stay in floating point: the accumulator is multiplied out, since no fused kernel ends in floats."""
+def _last_convolution(writer: Writer, node: fx.Node, layer: IntegerLayer) -> None:
+    """Logits stay in floating point: the accumulator is multiplied out, since no fused convolution ends in floats."""
     source, name = _source(node), node.name
     grid = writer.grids[source]
     codes, bias, steps = layer.integers()
-    scale = grid.step * steps
-    kind, attributes = "MatMulInteger", {}
-    if layer.is_convolution:
-        kind, attributes = "ConvInteger", _convolution(layer)
-        bias, scale = bias.view(-1, 1, 1), scale.view(-1, 1, 1)
-    else:
-        codes = codes.T
     inputs = [writer.names[source], writer.weight(node, layer, codes), writer.bound(0, grid)]
-    product = writer.add(kind, inputs, f"{name}_product", **attributes)
-    total = writer.add("Add", [product, writer.constant(f"{name}_bias", bias, "int32")], f"{name}_sum")
-    values = writer.add("Cast", [total], f"{name}_float", to=writer.onnx.TensorProto.FLOAT)
-    writer.keep(node, writer.add("Mul", [values, writer.constant(f"{name}_step", scale, "float32")], OUTPUT), None)
+    product = writer.add("ConvInteger", inputs, f"{name}_product", **_convolution(layer))
+    whole, scale = (values.view(-1, 1, 1) for values in (bias, grid.step * steps))
+    total = writer.add("Add", [product, writer.constant(f"{name}_bias", whole, "int32")], f"{name}_sum")
+    floats = writer.add("Cast", [total], f"{name}_float", to=writer.onnx.TensorProto.FLOAT)
+    writer.keep(node, writer.add("Mul", [floats, writer.constant(f"{name}_step", scale, "float32")], OUTPUT), None)
 
 
 def _convolution(layer: IntegerLayer) -> dict[str, Any]:
@@ -165,7 +155,7 @@ def _average(writer: Writer, node: fx.Node, module: IntegerAverage) -> None:
         writer.add("Conv", [values, weight], name, group=channels, strides=list(pair(pool.stride)), pads=pads)
     writer.store(node, name, module.target)
     if not module.keepdim:
-        writer.flatten(node)
+        writer.keep(node, writer.add("Flatten", [node.name], f"{node.name}_flat"), module.target)
 
 
 def _table(writer: Writer, node: fx.Node, module: Table) -> None:

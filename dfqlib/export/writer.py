@@ -104,28 +104,17 @@ class Writer:
             return self.constant(name, codes, "int8")
         return self.add("Cast", [self.constant(name, codes, "int4")], f"{name}_int8", to=self.onnx.TensorProto.INT8)
 
-    def linear(self, node: fx.Node, source: fx.Node, layer: IntegerLayer, output: str) -> None:
-        """A linear layer as a 1x1 convolution: runtimes have integer kernels for those, whatever the steps."""
-        shape = self.constant("as_pixels", [0, 0, 1, 1], "int64")
-        pixels = self.add("Reshape", [self.names[source], shape], f"{node.name}_pixels")
-        values = self.add("DequantizeLinear", [pixels, *self._grid(node, layer.source)], f"{pixels}_real")
-        self.add("Conv", [values, *self.layer_constants(node, layer)], output)
-
-    def flatten(self, node: fx.Node) -> None:
-        """Take the two dimensions of size one away from ``node``'s codes."""
-        self.names[node] = self.add("Flatten", [self.names[node]], f"{node.name}_flat")
-
     def layer_constants(self, node: fx.Node, layer: IntegerLayer) -> list[str]:
         """Dequantized weight and bias of a layer: the bias on the grid of the accumulator."""
         codes, bias, steps = layer.integers()
-        if not layer.is_convolution:
-            codes = codes[:, :, None, None]
         weight_step = self.constant(f"{node.name}_weight_step", steps, "float32")
         bias_step = self.constant(f"{node.name}_bias_step", layer.source.step * steps, "float32")
         pairs = {
             "weight": [self.weight(node, layer, codes), weight_step],
             "bias": [self.constant(f"{node.name}_bias", bias, "int32"), bias_step],
         }
+        if not layer.is_convolution:  # ONNX Runtime fuses a matrix product only if told even that this is zero
+            pairs["weight"].append(self.constant(f"{node.name}_weight_zero", np.zeros(len(steps)), "int8"))
         return [
             self.add("DequantizeLinear", inputs, f"{node.name}_{part}_real", axis=0) for part, inputs in pairs.items()
         ]
@@ -168,9 +157,6 @@ class FloatWriter(Writer):
     def bound(self, code: int, grid: StepQuantizer) -> str:
         value = code * grid.step
         return self.constant(f"value_{float(value):.9g}", value, "float32")
-
-    def linear(self, node: fx.Node, source: fx.Node, layer: IntegerLayer, output: str) -> None:
-        self.add("Gemm", [self.names[source], *self.layer_constants(node, layer)], output, transB=1)
 
     def layer_constants(self, node: fx.Node, layer: IntegerLayer) -> list[str]:
         codes, bias, steps = layer.integers()
