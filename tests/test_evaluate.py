@@ -118,6 +118,19 @@ def test_equal_layers_have_no_noise_and_a_lost_signal_has_none_left() -> None:
     assert sqnr(silent, model, images)["1"] == pytest.approx(0.0, abs=1e-4)
 
 
+@pytest.mark.parametrize("count", [1, 64, 65, 300])
+def test_signal_to_noise_of_many_images_is_that_of_all_at_once_and_holds_few(count: int) -> None:
+    images = torch.randn(count, 1, 2, 2) + 30
+    model, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(4, 3)) for _ in range(2))
+    held: list[int] = []
+    model.register_forward_pre_hook(lambda _, given: held.append(len(given[0])))
+    found = sqnr(model, teacher, images)["1"]
+    assert (sum(held), max(held) <= 64, max(held) - min(held) <= 1) == (count, True, True)
+    noisy, exact = (each(images).detach().double() for each in (model, teacher))
+    ratio = exact.square().sum() / (noisy - exact).square().sum()
+    assert found == pytest.approx(float(10 * ratio.log10()), rel=1e-6)
+
+
 def test_what_cannot_be_evaluated_is_named_with_the_remedy() -> None:
     with pytest.raises(InputError, match=r"label 2 is beyond the model's 2 classes; check the folder names"):
         evaluate(Answers(0, classes=2), batches([0] * 10))
