@@ -1,13 +1,20 @@
 """How good the recipes are: paired with the teacher, last epoch, several seeds, each run in a process of its own.
 
-    python benchmarks/accuracy.py --recipe express --seeds 0 1 2               # every case of the list below
+    python benchmarks/accuracy.py --recipe express --seeds 0 1 2               # every case of benchmarks/cases.py
     python benchmarks/accuracy.py --case cifar10_w3a3 --seeds 0                # one of them
     python benchmarks/accuracy.py --recipe gdfq dsg --case cifar10_w4a4 --missing   # what no run has measured yet
     python benchmarks/accuracy.py --recipe calibrate --set clip=aciq --variant aciq  # with a setting of its own
+    python benchmarks/accuracy.py --recipe calibrate --images build/images     # images made once for all widths
+    python benchmarks/accuracy.py --curve                                      # accuracy against seconds, of express
+    python benchmarks/accuracy.py --curve steps=100 images=128,steps=400       # points of your own
 
 Needs the CIFAR folders and checkpoints described in the README under ``--data`` (default: $DFQLIB_DATA, then
-../shared/data); digits need nothing. Writes results/accuracy_<recipe>.json after each run, which the README's tables
-are made from (``python benchmarks/tables.py``). A case that is measured again replaces its old rows.
+../shared/data), leaving out what they are missing for; digits need nothing. Writes results/accuracy_<recipe>.json after
+each run, which the README's tables are made from (``python benchmarks/tables.py``). A case that is measured again
+replaces its old rows.
+
+A point of ``--curve`` is a complete run, since a schedule that ends at its last step is not on its way to its result
+before. Its rows go to results/accuracy_curve.json, and all points that are there to docs/accuracy.png.
 """
 
 import argparse
@@ -15,8 +22,6 @@ import ast
 import dataclasses
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,89 +32,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+import curve
+from cases import CASES, absent, load, real_images
+from harness import DATA, ROOT, peak_gb, processor, provenance, save
 
-
-@dataclass(frozen=True)
-class Case:
-    """A network, its test images and the widths; the protocol's name goes into the tables."""
-
-    network: str
-    bits: str
-    protocol: str = "first and last at 8 bits"
-    spec: tuple[tuple[str, Any], ...] = ()
-    settings: tuple[tuple[str, Any], ...] = ()
+CURVE = ("steps=50", "steps=100", "steps=200", "steps=400", "steps=800")
+CURVE_CASES = ("cifar10_w4a4", "cifar10_w3a3", "cifar10_w4a4_all", "cifar10_w3a3_all")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run."""
+    """One run: a recipe on a case, and the settings ("name=value") that make it a variant of that name."""
 
     recipe: str
     case: str
     seed: int
-
-
-REAL_IMAGES = 1024
-"""How many training images the recipe "real" gets; all are seen several times in its steps."""
-
-
-def _all_layers(bits: int) -> dict[str, Any]:
-    return {"protocol": "all layers, per channel", "spec": (("edge_bits", bits), ("granularity", "channel"))}
-
-
-CASES = {
-    "digits_w2a2": Case("digits_resnet8", "w2a2"),
-    "digits_w2a2_short": Case(
-        "digits_resnet8",
-        "w2a2",
-        "first and last at 8 bits; 128 images, 150 + 200 steps",
-        settings=(("images", 128), ("synthesis_steps", 150), ("steps", 200)),
-    ),
-    "cifar10_w4a4": Case("cifar10_resnet20", "w4a4"),
-    "cifar10_w3a3": Case("cifar10_resnet20", "w3a3"),
-    "cifar10_w4a4_all": Case("cifar10_resnet20", "w4a4", **_all_layers(4)),
-    "cifar10_w3a3_all": Case("cifar10_resnet20", "w3a3", **_all_layers(3)),
-    "cifar100_w4a4": Case("cifar100_resnet20", "w4a4"),
-    "cifar100_w4a4_all": Case("cifar100_resnet20", "w4a4", **_all_layers(4)),
-    "cifar10_resnet56_w4a4": Case("cifar10_resnet56", "w4a4"),
-}
-CHECKPOINTS = {
-    "cifar10_resnet20": "resnet20-12fca82f.th",
-    "cifar10_resnet56": "resnet56-4bfd9763.th",
-    "cifar100_resnet20": "resnet20_cifar100.pth",
-}
-
-
-def load(network: str, data: Path) -> tuple[Any, Any, tuple[int, int, int]]:
-    """The teacher, its test images and their shape."""
-    import dfqlib
-
-    if network == "digits_resnet8":
-        return dfqlib.load_model(network), dfqlib.load_data("digits"), (1, 16, 16)
-    checkpoint = data / "models" / CHECKPOINTS[network]
-    if network == "cifar100_resnet20":  # an architecture that the library does not have
-        sys.path.insert(0, str(ROOT / "tests"))
-        from cifar100_resnet20 import MEAN, STD, Cifar100ResNet20
-
-        teacher = dfqlib.load_checkpoint(Cifar100ResNet20(), checkpoint)
-        return teacher, dfqlib.image_folder(data / "cifar100/test", MEAN, STD), (3, 32, 32)
-    known = dfqlib.models.info(network)
-    teacher = dfqlib.load_model(network, checkpoint=checkpoint)
-    folder = dfqlib.image_folder(data / "cifar10/test", known.mean, known.std, classes=known.classes)
-    return teacher, folder, known.image_shape
-
-
-def real_images(network: str, data: Path) -> Any:
-    """Training images for the recipes that take some, spread over the classes."""
-    import torch
-
-    import dfqlib
-
-    known = dfqlib.models.info(network)
-    folder = dfqlib.image_folder(data / "cifar10/train", known.mean, known.std, classes=known.classes)
-    images = torch.cat([images for images, _ in folder])
-    return images[torch.linspace(0, len(images) - 1, REAL_IMAGES).long()]
+    changes: tuple[str, ...] = ()
+    variant: str = ""
 
 
 def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
@@ -122,9 +61,12 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     case = CASES[job.case]
     teacher, loader, shape = load(case.network, args.data)
     spec = dfqlib.QuantSpec.parse(case.bits, **dict(case.spec))
-    changes = (dict(case.settings) if job.recipe == "express" else {}) | settings_of(args)
+    changes = (dict(case.settings) if job.recipe == "express" else {}) | settings_of(job)
+    making = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_gb": 0.0}
     if job.recipe == "real":
         changes["images"] = real_images(case.network, args.data)
+    elif args.images:
+        changes["images"], making = kept_images(job, args, teacher, shape)
     options: dict[str, Any] = {"budget": args.budget, "seed": job.seed, "progress": False}
     began = time.process_time()
     report = dfqlib.quantize(teacher, shape, spec, recipe=job.recipe, **options, **changes)
@@ -135,17 +77,17 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     return {
         **dataclasses.asdict(result),
         "calibrated_top1": calibrated,
-        "seconds": report.seconds,
-        "cpu_seconds": cpu_seconds,
-        "peak_gb": peak,
+        "seconds": making["seconds"] + report.seconds,
+        "cpu_seconds": making["cpu_seconds"] + cpu_seconds,
+        "peak_gb": max(making["peak_gb"], peak),
         "settings": report.settings,
     }
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The recipe's settings that the command line changes; what is no Python literal is text."""
+def settings_of(job: Job) -> dict[str, Any]:
+    """The recipe's settings that the job changes; what is no Python literal is text."""
     changes: dict[str, Any] = {}
-    for assignment in args.set:
+    for assignment in job.changes:
         name, _, value = assignment.partition("=")
         try:
             changes[name] = ast.literal_eval(value)
@@ -154,11 +96,32 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return changes
 
 
+def kept_images(job: Job, args: argparse.Namespace, teacher: Any, shape: Any) -> tuple[Any, dict[str, float]]:
+    """The images of "calibrate" under this seed, which neither widths nor thresholds change, and what they cost."""
+    import torch
+
+    import dfqlib
+    from dfqlib.training import written_whole
+
+    path = args.images / f"{CASES[job.case].network}_{args.budget}_{job.seed}.pt"
+    if not path.exists():
+        began = time.process_time()
+        options: dict[str, Any] = {"budget": args.budget, "seed": job.seed, "progress": False}
+        report = dfqlib.quantize(teacher, shape, recipe="calibrate", clip="max", **options)
+        cost = {"seconds": report.seconds, "cpu_seconds": time.process_time() - began, "peak_gb": peak_gb()}
+        args.images.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as temporary:
+            torch.save({"images": report.images, "cost": cost}, temporary)
+    kept = torch.load(path, weights_only=True)
+    return kept["images"], kept["cost"]
+
+
 def run_apart(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     """The same in a fresh process, so that its peak memory is its own."""
     command = [sys.executable, __file__, "--one", "--case", job.case, "--seeds", str(job.seed), "--recipe", job.recipe]
     command += ["--budget", args.budget, "--threads", str(args.threads), "--data", str(args.data)]
-    command += ["--set", *args.set] if args.set else []
+    command += ["--set", *job.changes] if job.changes else []
+    command += ["--images", str(args.images)] if args.images else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -179,92 +142,114 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def record(job: Job, args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     """Put a run into the results file; returns the summary of its case."""
-    import torch
-
-    path, name = results_file(job.recipe), case_name(job, args)
-    content = json.loads(path.read_text()) if path.exists() else {"cases": {}}
-    old = content["cases"].get(name, {"runs": []})["runs"]
+    cases, name = kept_cases(job, args), case_name(job, args)
+    old = cases.get(name, {"runs": []})["runs"]
     rows = sorted([r for r in old if r["settings"]["seed"] != job.seed] + [row], key=lambda r: r["settings"]["seed"])
-    seeds = " ".join(str(r["settings"]["seed"]) for r in rows)
-    changes = f" --set {' '.join(args.set)} --variant {args.variant}" if args.set else ""
-    content["cases"][name] = {
+    cases[name] = {
         "case": dataclasses.asdict(CASES[job.case]),
-        "variant": args.variant,
-        "command": f"python benchmarks/accuracy.py --recipe {job.recipe} --budget {args.budget} --case {job.case} "
-        f"--seeds {seeds} --threads {args.threads} --jobs {args.jobs}{changes}",
+        "variant": job.variant,
+        "command": command_of(job, args, [r["settings"]["seed"] for r in rows]),
         "recipe": job.recipe,
         "budget": args.budget,
-        "device": f"CPU, {args.threads} thread{'s' * (args.threads > 1)} of {processor()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(f"CPU, {args.threads} thread{'s' * (args.threads > 1)} of {processor()}"),
         "summary": summary(rows),
         "runs": rows,
     }
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
-    return content["cases"][name]["summary"]
+    save(results_file(job, args), {"cases": cases})
+    return cases[name]["summary"]
 
 
-def results_file(recipe: str) -> Path:
-    """Where a recipe's runs are kept."""
-    return ROOT / "results" / f"accuracy_{recipe}.json"
+def command_of(job: Job, args: argparse.Namespace, seeds: list[int]) -> str:
+    """What to type to measure these rows again."""
+    parts = ["python benchmarks/accuracy.py", f"--recipe {job.recipe}", f"--budget {args.budget}", f"--case {job.case}"]
+    parts += [f"--seeds {' '.join(map(str, seeds))}", f"--threads {args.threads}", f"--jobs {args.jobs}"]
+    if args.curve is not None:
+        parts += [f"--curve {job.variant}"]
+    elif job.changes:
+        parts += [f"--set {' '.join(job.changes)} --variant {job.variant}"]
+    return " ".join(parts + [f"--images {args.images}"] * bool(args.images))
+
+
+def results_file(job: Job, args: argparse.Namespace) -> Path:
+    """Where a recipe's runs are kept; those of the curve are apart, the tables do not show them."""
+    return args.output / "results" / f"accuracy_{job.recipe if args.curve is None else 'curve'}.json"
+
+
+def kept_cases(job: Job, args: argparse.Namespace) -> dict[str, Any]:
+    """What the results file holds so far."""
+    path = results_file(job, args)
+    return json.loads(path.read_text())["cases"] if path.exists() else {}
 
 
 def case_name(job: Job, args: argparse.Namespace) -> str:
     """A case under changed settings, or under another budget, is a case of its own."""
     budget = "" if args.budget == "quick" else args.budget
-    return ":".join(part for part in (job.case, args.variant, budget) if part)
+    return ":".join(part for part in (job.case, job.variant, budget) if part)
 
 
 def measured(job: Job, args: argparse.Namespace) -> bool:
     """Whether the results file holds this run already."""
-    path = results_file(job.recipe)
-    cases = json.loads(path.read_text())["cases"] if path.exists() else {}
-    runs = cases.get(case_name(job, args), {"runs": []})["runs"]
+    runs = kept_cases(job, args).get(case_name(job, args), {"runs": []})["runs"]
     return any(run["settings"]["seed"] == job.seed for run in runs)
 
 
-def peak_gb() -> float:
-    """The most memory that this process has had; Linux's ru_maxrss would count the process that started it, too."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return float(line.split()[1]) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; ``case`` lists those whose data is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", nargs="+", default=["express"])
+    parser.add_argument("--budget", default="quick")
+    parser.add_argument("--case", nargs="+", choices=CASES, help="default: all whose data is there")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the recipe")
+    parser.add_argument("--variant", default="", help="name for the rows measured under --set")
+    parser.add_argument("--curve", nargs="*", metavar="NAME=VALUE,...", help=f"default: {' '.join(CURVE)}")
+    parser.add_argument("--images", type=Path, help="folder in which calibrate's images are kept for its other runs")
+    parser.add_argument("--missing", action="store_true", help="leave out what the results file holds already")
+    parser.add_argument("--threads", type=int, default=1, help="of each run; more jobs finish sooner than more threads")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--output", type=Path, default=ROOT, help="folder of results/ and docs/")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.one:
+        return args
+    if bool(args.set) != bool(args.variant):
+        parser.error("--set and --variant go together: rows under changed settings need a name of their own")
+    if args.curve is not None and (args.recipe != ["express"] or args.set):
+        parser.error("--curve is of express, and each of its points says which settings it changes: leave out the rest")
+    if args.images and (args.recipe != ["calibrate"] or any(not each.startswith("clip=") for each in args.set)):
+        parser.error("--images keeps what --recipe calibrate makes; of its settings only clip leaves them as they are")
+    wanted = args.case or (CASES if args.curve is None else CURVE_CASES)
+    lacking = {case: paths for case in wanted if (paths := absent(CASES[case].network, args.data))}
+    for case, paths in lacking.items():
+        print(f"{case}: left out, there is no {' and no '.join(map(str, paths))} (see --data)", file=sys.stderr)
+    if lacking and args.case:
+        parser.error("the cases that --case names need what is missing; the README says where it comes from")
+    args.case = [case for case in wanted if case not in lacking]
+    return args
 
 
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """What the command line asks for, but for what ``--missing`` leaves out."""
+    variants = [(args.variant, tuple(args.set))]
+    if args.curve is not None:
+        variants = [(point, tuple(point.split(","))) for point in args.curve or CURVE]
+    jobs = [
+        Job(recipe, case, seed, changes, variant)
+        for recipe in args.recipe
+        for case in args.case
+        for variant, changes in variants
+        for seed in args.seeds
+    ]
+    return [job for job in jobs if not (args.missing and measured(job, args))]
 
 
 def main() -> int:
     """Measure what the command line asks for."""
-    default = os.environ.get("DFQLIB_DATA") or ROOT.parent / "shared" / "data"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", nargs="+", default=["express"])
-    parser.add_argument("--budget", default="quick")
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the recipe")
-    parser.add_argument("--variant", default="", help="name for the rows measured under --set")
-    parser.add_argument("--missing", action="store_true", help="leave out what the results file holds already")
-    parser.add_argument("--threads", type=int, default=1, help="of each run; more jobs finish sooner than more threads")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
-    parser.add_argument("--data", type=Path, default=Path(default))
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if bool(args.set) != bool(args.variant) and not args.one:  # a run apart needs no name
-        parser.error("--set and --variant go together: rows under changed settings need a name of their own")
-    jobs = [Job(r, c, s) for r in args.recipe for c in args.case for s in args.seeds]
+    args = parse()
     if args.one:
-        print(json.dumps(measure(jobs[0], args), default=dataclasses.asdict))  # settings["spec"] is a QuantSpec
+        job = Job(args.recipe[0], args.case[0], args.seeds[0], tuple(args.set))
+        print(json.dumps(measure(job, args), default=dataclasses.asdict))  # settings["spec"] is a QuantSpec
         return 0
     writing, failed = threading.Lock(), []
 
@@ -285,7 +270,9 @@ def main() -> int:
             )
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(run, [job for job in jobs if not (args.missing and measured(job, args))]))
+        list(pool.map(run, jobs_of(args)))
+    if args.curve is not None:
+        curve.redraw(args.output)
     return int(bool(failed))
 
 

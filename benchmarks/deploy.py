@@ -20,7 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accuracy import ROOT, load, processor
+from cases import load
+from harness import DATA, ROOT, processor
 
 RUNS = [("w8a8", 0, 0), ("w3a3", 0, 0), *[("w4a4", seed, None) for seed in (0, 1, 2)]]
 """(bits, seed, fine-tuning steps; None for the budget's)."""
@@ -89,9 +90,8 @@ def _in_fresh_process(*arguments: str, data: Path) -> Any:
 
 def main() -> None:
     """Measure every run and write the file."""
-    default = os.environ.get("DFQLIB_DATA") or ROOT.parent / "shared" / "data"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(default))
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--times", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

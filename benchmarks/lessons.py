@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from accuracy import CHECKPOINTS, ROOT, processor
+from cases import CHECKPOINTS
+from harness import DATA, ROOT, processor
 from PIL import Image
 
 from dfqlib.rerun import Job, Run, read_notebook, read_parameters, run_jobs, values_for
@@ -99,9 +100,8 @@ def stacked(pictures: list[Image.Image]) -> bytes:
 
 def main() -> int:
     """Run what the command line names; returns the exit code."""
-    default = os.environ.get("DFQLIB_DATA") or ROOT.parent / "shared" / "data"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(default))
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers of lessons")
     parser.add_argument("--jobs", type=int, default=2, help="lessons at a time")
     args = parser.parse_args()

@@ -5,12 +5,12 @@ python benchmarks/overview.py        # needs the CIFAR-10 checkpoint under --dat
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from accuracy import ROOT, load
+from cases import load
+from harness import DATA, ROOT
 
 import dfqlib
 from dfqlib import plots
@@ -21,9 +21,8 @@ BARS = {"teacher_top1": "FP32", "calibrated_top1": "quantized, ranges only", "to
 
 def main() -> None:
     """Synthesize, draw, save."""
-    default = os.environ.get("DFQLIB_DATA") or ROOT.parent / "shared" / "data"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(default))
+    parser.add_argument("--data", type=Path, default=DATA)
     args = parser.parse_args()
     teacher, _, shape = load("cifar10_resnet20", args.data)
     known = dfqlib.models.info("cifar10_resnet20")
