@@ -1,7 +1,5 @@
 """Facts about integer networks: the file computes what the simulation computes, code by code."""
 
-import errno
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,117 +7,31 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor, nn
+from exported import (
+    Arithmetic,
+    Branches,
+    Gated,
+    Mobile,
+    Residual,
+    Shape,
+    WholeConv,
+    logits_of_file,
+    odd_batch_norms,
+    quantized,
+)
+from torch import nn
 from torch.nn import functional as F
 
 import dfqlib
 from dfqlib import integer
 from dfqlib.__main__ import main
-from dfqlib.errors import InputError
+from dfqlib._torchvision import import_torchvision
 from dfqlib.evaluate import predict
 from dfqlib.export import Container, export_onnx, integer_network
-from dfqlib.export.verify import FLOAT_TORCH, float_network, load, verify_export
+from dfqlib.export.verify import FLOAT_TORCH, float_network, verify_export
 from dfqlib.integer.layer import IntegerLayer
 from dfqlib.networks.resnet import CifarResNet
 from dfqlib.quantizer import QuantSpec, StepQuantizer, calibrate, quantize_layers, quantizers
-
-Shape = tuple[int, int, int]
-
-
-def odd_batch_norms(model: nn.Module) -> nn.Module:
-    """Statistics as training leaves them, with negative gains, a dead channel and one that is almost dead."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            channels = module.num_features
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            with torch.no_grad():
-                module.weight.copy_(torch.randn(channels) * 0.5 + 0.7)
-                module.weight[0], module.weight[-1] = 0.0, 1e-9
-                module.bias.copy_(torch.randn(channels) * 0.3)
-                module.running_mean.copy_(torch.randn(channels) * 0.2)
-                module.running_var.copy_(torch.rand(channels) + 0.5)
-    return model.eval()
-
-
-class Residual(nn.Module):
-    """Functional ReLUs, a sum without one, a shortcut of slices and padding, global pooling by mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.conv, self.norm2 = nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16)
-        self.other, self.head = nn.Conv2d(16, 16, 1), nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.stem(x)))
-        x = self.norm2(self.conv(x)) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
-        return self.head((self.other(x.relu()) + x).mean((2, 3)))
-
-
-class Mobile(nn.Module):
-    """ReLU6, depthwise and linear bottleneck, as in MobileNetV2."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU6())
-        self.depthwise = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.BatchNorm2d(12), nn.ReLU6())
-        self.linear = nn.Sequential(nn.Conv2d(12, 12, 1, bias=False), nn.BatchNorm2d(12))
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(12, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head(x + self.linear(self.depthwise(x)))
-
-
-class Gated(Mobile):
-    """Channels weighted by what the whole image says, as in MobileNetV3 and EfficientNet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 4, 1), nn.ReLU(), nn.Conv2d(4, 12, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.hardswish(self.depthwise(self.stem(x)))
-        return self.head(F.hardsigmoid(self.gate(x)) * x)
-
-
-class Branches(nn.Module):
-    """Pre-activation, concatenation, two poolings, a smooth activation, a grouped and dilated layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding="same"), nn.BatchNorm2d(8)
-        self.conv, self.mix = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2), nn.Conv2d(16, 8, 1)
-        self.hidden, self.head = nn.Linear(8 * 4, 12), nn.Linear(12, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        y = self.conv(F.silu(self.norm(x)))
-        x = F.max_pool2d(self.mix(torch.cat([x, y.relu()], 1)), 3, 2, 1)
-        x = F.avg_pool2d(x, 3, 2, 1)
-        return self.head(F.leaky_relu(self.hidden(x.view(x.size(0), -1)), 0.1))
-
-
-class WholeConv(nn.Module):
-    """No linear layer: the logits are an average."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.flatten(F.adaptive_avg_pool2d(self.layers(x), 1), 1)
-
-
-class Arithmetic(Mobile):
-    """A hard swish written out, and numbers on either side of an operator."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = x * F.relu6(x + 3) / 6
-        return self.head(1 - 0.5 * self.linear(-x))
-
 
 NETWORKS: dict[str, tuple[type[nn.Module], Shape]] = {
     "residual": (Residual, (3, 8, 8)),
@@ -128,17 +40,6 @@ NETWORKS: dict[str, tuple[type[nn.Module], Shape]] = {
     "whole_conv": (WholeConv, (3, 6, 6)),
     "arithmetic": (Arithmetic, (3, 8, 8)),
 }
-
-
-def quantized(model: nn.Module, shape: Shape, bits: str = "w4a4", **options: Any) -> nn.Module:
-    network = quantize_layers(model, QuantSpec.parse(bits, **options))
-    calibrate(network, torch.randn(32, *shape), "max")
-    return network
-
-
-def logits_of_file(path: Path, images: Tensor) -> tuple[Tensor, dict[str, int]]:
-    session, operations = load(path)
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), operations
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -184,6 +85,49 @@ def test_linear_layers_are_one_kernel_each_and_the_last_one_ends_in_floats(
         assert torch.equal(logits_of_file(path, images[:1])[0], expected[:1])  # a kernel of its own for one row
         assert operations["QGemm"] == 3
         assert set(operations) <= {"QGemm", "QuantizeLinear", "Flatten", "Clip"}
+
+
+@pytest.mark.parametrize(("name", "layers"), [("resnet18", 20), ("mobilenet_v2", 52)])
+def test_networks_of_torchvision_leave_as_they_come(name: str, layers: int, tmp_path: Path) -> None:
+    model, shape = getattr(import_torchvision().models, name)(num_classes=10), (3, 64, 64)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None  # the statistics of all that came in, which keep random weights from fading
+    model.train()(torch.randn(8, *shape))
+    network = quantize_layers(model.eval(), QuantSpec.parse("w4a4", granularity="channel"))
+    images = torch.randn(4, *shape)
+    calibrate(network, images, "max")
+    integer.prepare(network, images)
+    found, operations = logits_of_file(export_onnx(network, tmp_path / "net.onnx", shape, "int4"), images)
+    assert torch.equal(found, predict(integer_network(network, shape), images))
+    assert found.std() > 0.01
+    assert (operations["QLinearConv"], operations["QGemm"]) == (layers, 1)
+    assert network.meta["unquantized"] == []  # type: ignore[operator,index]
+
+
+def test_each_layer_may_have_its_width(tmp_path: Path) -> None:
+    widths = {"default": "w4a4", "conv": 8, "other": 3, "head": 2}
+    network = quantize_layers(odd_batch_norms(Residual()), QuantSpec.parse(widths))
+    images = torch.randn(32, 3, 8, 8)
+    calibrate(network, images, "max")
+    path = export_onnx(network, tmp_path / "net.onnx", (3, 8, 8), "int4")
+    assert torch.equal(logits_of_file(path, images)[0], predict(integer_network(network, (3, 8, 8)), images))
+    kinds = {each.name: each.data_type for each in onnx.load(path).graph.initializer if each.name.endswith("_weight")}
+    packed = {name.removesuffix("_weight") for name, kind in kinds.items() if kind == onnx.TensorProto.INT4}
+    assert packed == {"other", "head"}  # the first layer has the 8 bits of the edges
+
+
+def test_how_tensors_lie_in_memory_does_not_matter(tmp_path: Path) -> None:
+    network = quantized(Residual().eval(), (3, 8, 8))
+    images = torch.randn(8, 8, 3, 20).permute(3, 2, 0, 1)
+    expected = predict(integer_network(network, (3, 8, 8)), images)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    head = network.get_parameter("head.weight")
+    head.data = head.data.T.contiguous().T
+    assert not any(each.is_contiguous() for each in (images, head, network.get_parameter("stem.weight")))
+    check = verify_export(network, export_onnx(network, tmp_path / "net.onnx", (3, 8, 8)), images)
+    assert check.largest_difference == 0
+    assert torch.equal(logits_of_file(tmp_path / "net.onnx", images.contiguous())[0], expected)
 
 
 @pytest.mark.parametrize("skip", ["quantized", "float"])
@@ -376,108 +320,3 @@ def test_the_floating_point_twin_is_the_network_without_quantizers() -> None:
     model = odd_batch_norms(Residual())
     images = torch.randn(4, 3, 8, 8)
     torch.testing.assert_close(float_network(quantized(model, (3, 8, 8)))(images), model(images))
-
-
-class BatchMixing(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.conv(x).reshape(-1, 4)).reshape(-1, 2)
-
-
-class Difference(Mobile):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head(x - self.linear(x))
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.lstm, self.head = nn.Conv2d(3, 4, 1), nn.LSTM(16, 8, batch_first=True), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(self.conv(x).flatten(2))[0].mean(1))
-
-
-def small(**options: Any) -> nn.Module:
-    return quantized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(64, 2)), (3, 4, 4), **options)
-
-
-def uncalibrated() -> nn.Module:
-    return quantize_layers(Residual(), QuantSpec())
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: nn.Linear(2, 2), "model=Linear has no quantizers; give what dfqlib.quantize returned"),
-        (lambda: 3, "model=int is no network"),
-        (uncalibrated, "is not calibrated; call quantizer.calibrate"),
-        (lambda: small(scheme="affine"), 'is affine.*QuantSpec\\(scheme="symmetric"\\)'),
-        (lambda: small(bits="w16a16", edge_bits=16), "has 16 bits, but integer files carry at most 8"),
-        (lambda: small().half(), "is torch.float16, not float32; quantize and export model.float"),
-        (lambda: quantized(BatchMixing(), (3, 4, 4)), "keep the batch as its first dimension"),
-        (lambda: quantized(Difference().eval(), (3, 4, 4)), r"sub \(sub\) has no integer form"),
-        (lambda: quantized(Recurrent().eval(), (3, 4, 4)), r"lstm \(LSTM\) has no integer form"),
-        (
-            lambda: quantized(
-                nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(64, 2)),
-                (3, 4, 4),
-            ),
-            "0: padding_mode='reflect' has no integer form; use zeros",
-        ),
-    ],
-)
-def test_what_has_no_integer_form_is_named_and_leaves_no_file(make: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=message) as caught:
-        export_onnx(make(), tmp_path / "net.onnx", (3, 4, 4))
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_other_bad_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = small()
-    bad: list[tuple[Any, Any, Any, str]] = [
-        (tmp_path / "net.onnx", (3, 4, 4), "int2", 'container=\'int2\' must be "int8" or "int4"'),
-        (tmp_path, (3, 4, 4), "int8", "is a folder"),
-        (tmp_path / "no" / "net.onnx", (3, 4, 4), "int8", "does not exist; create it first"),
-        (tmp_path / "net.onnx", (3, 4), "int8", "image_shape=\\(3, 4\\) must be"),
-        (tmp_path / "net.onnx", (3, 9, 9), "int8", "cannot take images of image_shape=\\(3, 9, 9\\)"),
-    ]
-    for path, shape, container, message in bad:
-        with pytest.raises(InputError, match=message):
-            export_onnx(network, path, shape, container)
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(InputError, match="cannot be written \\(No space left on device\\)"):
-            export_onnx(network, tmp_path / "net.onnx", (3, 4, 4))
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(InputError, match='pip install "dfqlib\\[export\\]"'):
-        export_onnx(network, tmp_path / "net.onnx", (3, 4, 4))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
-    network, images = small(), torch.randn(3, 3, 4, 4)
-    with pytest.raises(InputError, match="does not exist; write it with"):
-        verify_export(network, tmp_path / "net.onnx", images)
-    (tmp_path / "net.onnx").write_bytes(b"no model")
-    with pytest.raises(InputError, match="cannot load it"):
-        verify_export(network, tmp_path / "net.onnx", images)
-    export_onnx(quantized(Residual().eval(), (3, 8, 8)), tmp_path / "net.onnx", (3, 8, 8))
-    with pytest.raises(InputError, match="give the file of this network"):
-        verify_export(network, tmp_path / "net.onnx", images)
-    with pytest.raises(InputError, match="must be \\(N, channels, height, width\\)"):
-        verify_export(network, tmp_path / "net.onnx", images, torch.zeros(2))
-    newer = onnx.load(tmp_path / "net.onnx")
-    newer.opset_import[0].version = 99
-    (tmp_path / "net.onnx").write_bytes(newer.SerializeToString())
-    with pytest.raises(InputError, match="update onnxruntime"):
-        load(tmp_path / "net.onnx")

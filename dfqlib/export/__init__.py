@@ -57,6 +57,7 @@ def export_onnx(
     Raises:
         InputError: a layer has no integer form, the network is not quantized or not in float32, its shapes depend on
             the batch, onnx is not installed or too old, or the path cannot be written.
+        NonFiniteError: a weight, a step or a statistic is NaN or infinite.
 
     Taught in notebook 10.
     """

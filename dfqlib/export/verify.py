@@ -111,6 +111,8 @@ def verify_export(
             f"images={tuple(images.shape)} and labels={None if labels is None else tuple(labels.shape)} must be "
             "(N, channels, height, width) with N at least 1, and (N,)"
         )
+    if images.dtype != torch.float32:
+        raise InputError(f"images are {images.dtype}, and the file takes float32; give normalized images.float()")
     path = Path(path)
     image_shape = (images.shape[1], images.shape[2], images.shape[3])
     simulation = integer_network(report, image_shape)
@@ -159,7 +161,8 @@ def load(file: Path | bytes) -> tuple[Any, dict[str, int]]:
         except Exception as error:  # its exceptions share no base class
             raise InputError(
                 f"path={file if isinstance(file, Path) else '(FP32)'}: ONNX Runtime {runtime.__version__} cannot load "
-                f"it ({str(error).splitlines()[0]}); update onnxruntime, or export the file again"
+                f"it ({str(error).splitlines()[0]}); update onnxruntime, or export it again for an older one "
+                'with container="int8"'
             ) from error
         optimized = onnx.load(options.optimized_model_filepath)
     return session, dict(Counter(node.op_type for node in optimized.graph.node))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfqlib.errors import InputError
+from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.integer.lowering import PREFIX, Lowering, without_quantizers
 from dfqlib.quantizer import AffineQuantizer, StepQuantizer, quantizers
 
@@ -36,6 +36,7 @@ def simulate(network: nn.Module) -> fx.GraphModule:
 
     Raises:
         InputError: something has no integer form, or no range; names it and says what to do.
+        NonFiniteError: a weight, a step or a statistic is NaN or infinite; names it.
 
     Taught in notebook 10.
     """
@@ -129,4 +130,6 @@ def _checked(network: nn.Module) -> fx.GraphModule:
     for name, value in network.state_dict().items():
         if value.is_floating_point() and value.dtype != torch.float32:
             raise InputError(f"{name} is {value.dtype}, not float32; quantize and export model.float()")
+        if not bool(value.isfinite().all()):
+            raise NonFiniteError(f"{name} holds NaN or infinite values; quantize a sound checkpoint")
     return network
