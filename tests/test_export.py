@@ -160,6 +160,7 @@ def test_digits_leave_as_integers_with_their_accuracy(bits: str, tmp_path: Path)
     assert (check.operations["QLinearConv"], check.operations["QGemm"]) == (9, 1)
     assert set(check.milliseconds[FLOAT_TORCH]) == {1, 64}
     assert "100.00 % of 200 images" in str(check)
+    assert "every layer runs in integers: yes (9 QLinearConv, 1 QGemm)" in str(check)
 
 
 def test_resnet20_on_real_images(shared_data: Path, tmp_path: Path) -> None:

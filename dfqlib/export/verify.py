@@ -73,13 +73,14 @@ class ExportCheck:
         return self.milliseconds[engine][batch] / self.milliseconds[INTEGER_FILE][batch]
 
     def __str__(self) -> str:
+        named = [kind for kind in ("QLinearConv", "QGemm", "ConvInteger") if kind in self.operations]
+        kernels = ", ".join(f"{self.operations[kind]} {kind}" for kind in named)
         lines = [
             f"agreement with the integer simulation: {self.agreement:.2f} % of {self.images:,} images, "
             f"logits differ by at most {self.largest_difference:.2g}",
             f"size: {self.file_bytes / 1e3:,.0f} kB"
             + (f", {self.float_bytes / self.file_bytes:.1f} times smaller than FP32" if self.float_bytes else ""),
-            f"every layer runs in integers: {'yes' if self.all_integer else 'no'} "
-            f"({self.operations.get('QLinearConv', 0)} QLinearConv)",
+            f"every layer runs in integers: {'yes' if self.all_integer else 'no'} ({kernels})",
         ]
         if self.file_top1 is not None:
             lines.insert(1, f"top-1: file {self.file_top1:.2f} %, fake-quantized network {self.model_top1:.2f} %")
