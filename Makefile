@@ -3,11 +3,13 @@
 # make lab        open the notebooks in JupyterLab
 # make site       the lessons as they were committed, and the reference, as build/site/index.html
 # make refresh    run the notebooks again in place and keep the new outputs
+# make bench      measure speed, accuracy and export again (hours), write results/ and the README's tables
 # make browser    install a Chromium for the test in JupyterLab, where there is none
 # make binder     the address that opens the lessons of your fork on Binder
 #
 # Each makes .venv first. Another interpreter: make test PYTHON=python3.12
 # Parameters of the notebooks: make tutorial ARGS="-p bits w2a2"
+# Some benchmarks: make bench ARGS="speed tables"; whether all work, in minutes: make bench ARGS=--short
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,7 +19,7 @@ MORE_STAMP := .venv/.stamp-more
 MORE_EXTRAS := browser,site
 AT_LEAST_3_11 := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help install tutorial test lab site refresh browser binder binder-check clean
+.PHONY: help install tutorial test lab site refresh bench browser binder binder-check clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -69,6 +71,9 @@ site: $(MORE_STAMP)
 
 refresh: $(STAMP)
 	$(BIN)/python tools/refresh.py $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 browser: $(MORE_STAMP)
 	$(BIN)/python tools/browser.py --install

@@ -198,7 +198,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", nargs="+", default=["express"])
     parser.add_argument("--budget", default="quick")
-    parser.add_argument("--case", nargs="+", choices=CASES, help="default: all whose data is there")
+    parser.add_argument("--case", nargs="+", choices=CASES, metavar="CASE", help="default: all whose data is there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the recipe")
     parser.add_argument("--variant", default="", help="name for the rows measured under --set")

@@ -1,9 +1,10 @@
-"""What the benchmarks share: where things lie, on which machine they ran, how much memory a process has had."""
+"""What the benchmarks share: where things lie, how results are kept, on which machine and in how much memory."""
 
 import json
 import os
 import platform
 import resource
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ def save_picture(path: Path, picture: bytes) -> None:
     """Write a figure's bytes (``plots.png``)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(picture)
+
+
+def against(ways: dict[str, Any], way: str, base: str) -> float:
+    """How many times as fast as ``base`` a way of results/speed.json is: the median of the rounds' ratios."""
+    pairs = zip(ways[way]["ratios"], ways[base]["ratios"], strict=True)
+    return statistics.median(ratio / other for ratio, other in pairs)
 
 
 def peak_gb() -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import ROOT, peak_gb, processor, provenance, save, save_picture
+from harness import ROOT, against, peak_gb, processor, provenance, save, save_picture
 from steps import BATCH, CPU, SHAPE, Step, fine_tuning, float_training, generator_step, synthesis_step, waiting
 
 FLOAT, NAIVE, OURS, FAST = "FP32 training", "W4A4, naive straight-through", "W4A4", "W4A4, bf16, compiled"
@@ -112,12 +112,6 @@ def compare(threads: int, device: torch.device, rounds: int, seconds: float) -> 
                 flush=True,
             )
     return content
-
-
-def against(ways: dict[str, Any], way: str, base: str) -> float:
-    """How many times as fast as ``base`` a way is: the median of the rounds' ratios."""
-    pairs = zip(ways[way]["ratios"], ways[base]["ratios"], strict=True)
-    return statistics.median(ratio / other for ratio, other in pairs)
 
 
 def reached(by_threads: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """Write the README's tables from results/*.json; ``--check`` only says whether they are up to date.
 
-A table stands between ``<!-- results: NAME -->`` and ``<!-- end -->`` and is replaced whole.
+A table stands between ``<!-- results: NAME -->`` and ``<!-- end -->`` and is replaced whole. NAME is "recipes",
+"ideas", "export", "speed" or "targets", or a recipe for its cases. A table whose results file is not there stops the
+program with the command that measures it.
 """
 
 import argparse
@@ -8,10 +10,10 @@ import json
 import re
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from harness import ROOT, against
+
 NETWORKS = {
     "digits_resnet8": "ResNet-8, digits",
     "cifar10_resnet20": "ResNet-20, CIFAR-10",
@@ -56,7 +58,7 @@ def _spread(summary: dict[str, Any], key: str) -> str:
 
 def accuracy(recipe: str) -> str:
     """One row per case of results/accuracy_<recipe>.json."""
-    cases = _cases(recipe)
+    cases = _content(f"accuracy_{recipe}", f"accuracy.py --recipe {recipe}")["cases"]
     lines = [
         "| network | bits | protocol | FP32 | calibrated only | fine-tuned | difference | seconds | peak memory |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -102,29 +104,40 @@ def recipes() -> str:
 def ideas() -> str:
     """The four later ideas, each alone: the difference from express without it, run by run (paired by seed)."""
     lines = ["| express with | " + " | ".join(IDEA_CASES.values()) + " |", "|---|" + "---|" * len(IDEA_CASES)]
-    cases = _cases("express")
+    cases = _content("accuracy_express", "accuracy.py")["cases"]
     for variant in dict.fromkeys(entry["variant"] for entry in cases.values() if entry.get("variant")):
         cells = []
         for case in IDEA_CASES:
             if f"{case}:{variant}" not in cases:
                 cells.append("")
                 continue
-            plain = {run["settings"]["seed"]: run["top1"] for run in cases[case]["runs"]}
+            plain = {run["settings"]["seed"]: run["top1"] for run in cases.get(case, {"runs": []})["runs"]}
             runs = cases[f"{case}:{variant}"]["runs"]
-            gains = [run["top1"] - plain[run["settings"]["seed"]] for run in runs]
-            cells.append(f"{statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f}")
+            gains = [run["top1"] - plain[seed] for run in runs if (seed := run["settings"]["seed"]) in plain]
+            spread = f"± {statistics.stdev(gains):.2f}" if len(gains) > 1 else "(one run)"
+            cells.append(f"{statistics.mean(gains):+.2f} {spread}" if gains else "")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _cases(recipe: str) -> dict[str, Any]:
+    """A recipe's cases; none as long as nobody has measured it."""
     path = ROOT / "results" / f"accuracy_{recipe}.json"
     return json.loads(path.read_text())["cases"] if path.exists() else {}
 
 
+def _content(name: str, command: str) -> dict[str, Any]:
+    """A results file; where there is none, the program ends with the command that makes it."""
+    path = ROOT / "results" / f"{name}.json"
+    if not path.exists():
+        raise SystemExit(f"results/{name}.json is not there: python benchmarks/{command} measures it")
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
 def export() -> str:
     """One row per widths and container of results/export.json, over its seeds."""
-    content = json.loads((ROOT / "results" / "export.json").read_text())
+    content = _content("export", "deploy.py")
     lines = [
         "| network | bits | container | file = simulation | FP32 | file | size | batch 1 | batch 64 |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -147,6 +160,50 @@ def export() -> str:
     return "\n".join(lines)
 
 
+def speed() -> str:
+    """Two tables of results/speed.json: steps of fine-tuning, and of making images; threads side by side."""
+    content = _content("speed", "speed.py")
+    bases = list(dict.fromkeys(each["against"] for each in content["targets"]))
+    rows: dict[bool, list[list[str]]] = {True: [], False: []}
+    for table, ways in next(iter(content["threads"].values())).items():
+        tuning = table == "fine-tuning"
+        for name, way in ways.items():
+            cells = [name if tuning else f"{table}: {name}"]
+            for tables in content["threads"].values():
+                cells.append(f"{tables[table][name]['images_per_second']:.0f}")
+                compared = bases if tuning else [next(iter(ways))]
+                cells += [f"{against(tables[table], name, base):.2f}" for base in compared]
+            rows[tuning].append([*cells, f"{way['peak_gb']:.2f} GB"])
+    return "\n\n".join(
+        _table([f"step of {kind}", *_columns(content["threads"], compared), "peak memory"], rows[kind == "fine-tuning"])
+        for kind, compared in (("fine-tuning", bases), ("making images", ["the first"]))
+    )
+
+
+def _columns(by_threads: dict[str, Any], bases: list[str]) -> list[str]:
+    ratios = [f"× {base.removeprefix('W4A4, ')}" for base in bases]
+    return [column for name in by_threads for column in (f"img/s, {_threads(name)}", *ratios)]
+
+
+def targets() -> str:
+    """One row per ratio that was asked for, from results/speed.json."""
+    content = _content("speed", "speed.py")
+    rows = [
+        [f"{each['way']}, against {each['against']}", f"{each['asked']:g}"]
+        + [f"{each['measured'][name]:.2f}" for name in content["threads"]]
+        for each in content["targets"]
+    ]
+    return _table(["throughput of the step", "asked", *map(_threads, content["threads"])], rows)
+
+
+def _threads(name: str) -> str:
+    return f"{name} thread{'s' * (name != '1')}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+
+
 def _speedups(runs: list[dict[str, Any]], batch: str) -> str:
     """How many times faster than FP32 in PyTorch and in ONNX Runtime, median of the runs."""
     ratios = [
@@ -161,7 +218,7 @@ def _speedups(runs: list[dict[str, Any]], batch: str) -> str:
 def written(text: str) -> str:
     """The README's text with every table made anew."""
 
-    made = {"export": export, "recipes": recipes, "ideas": ideas}
+    made = {"export": export, "recipes": recipes, "ideas": ideas, "speed": speed, "targets": targets}
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
