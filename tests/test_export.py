@@ -94,9 +94,8 @@ def test_networks_of_torchvision_leave_as_they_come(name: str, layers: int, tmp_
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = None  # the statistics of all that came in, which keep random weights from fading
     model.train()(torch.randn(8, *shape))
-    network = quantize_layers(model.eval(), QuantSpec.parse("w4a4", granularity="channel"))
+    network = quantized(model.eval(), shape, granularity="channel")
     images = torch.randn(4, *shape)
-    calibrate(network, images, "max")
     integer.prepare(network, images)
     found, operations = logits_of_file(export_onnx(network, tmp_path / "net.onnx", shape, "int4"), images)
     assert torch.equal(found, predict(integer_network(network, shape), images))

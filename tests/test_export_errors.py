@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dfqlib.errors import InputError
 from dfqlib.export import export_onnx
 from dfqlib.export.verify import load, verify_export
-from dfqlib.quantizer import QuantSpec, quantize_layers
+from dfqlib.quantizer import QuantSpec, quantize_layers, quantizers
 
 
 class BatchMixing(nn.Module):
@@ -40,6 +40,26 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.lstm(self.conv(x).flatten(2))[0].mean(1))
+
+
+class Attentive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.attention = nn.Conv2d(3, 4, 1), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).flatten(2).mT
+        return self.head(self.attention(x, x, x)[0].mean(1))
+
+
+@pytest.mark.parametrize(("build", "left"), [(Recurrent, "lstm"), (Attentive, "attention")])
+def test_what_stays_in_floating_point_is_listed_and_the_rest_is_quantized(build: Any, left: str) -> None:
+    network = quantized(build().eval(), (3, 4, 4))
+    listed = network.meta["unquantized"]
+    assert left in listed  # type: ignore[operator]
+    assert all(name.startswith(left) for name in listed)  # type: ignore[union-attr]
+    assert {"conv.weight_quantizer", "head.weight_quantizer"} <= {name for name, _ in quantizers(network)}
 
 
 def small(**options: Any) -> nn.Module:
@@ -69,6 +89,7 @@ def uncalibrated() -> nn.Module:
         (lambda: quantized(BatchMixing(), (3, 4, 4)), "keep the batch as its first dimension"),
         (lambda: quantized(Difference().eval(), (3, 4, 4)), r"sub \(sub\) has no integer form"),
         (lambda: quantized(Recurrent().eval(), (3, 4, 4)), r"lstm \(LSTM\) has no integer form"),
+        (lambda: quantized(Attentive().eval(), (3, 4, 4)), "has no integer form; replace it by convolutions"),
         (
             lambda: quantized(
                 nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(64, 2)),

@@ -29,7 +29,9 @@ MOVES: set[Any] = {operator.getitem, *PADS, *graph.VIEWS, *MAX_POOLS}
 SIXES: set[Any] = {nn.ReLU6, F.relu6}
 KEEPS = MOVES | graph.RELU | {torch.cat}
 """Operations that commute with quantization: what they read can be stored on the grid of what they make."""
-SIZES: set[Any] = {getattr, "size", "dim"}
+SIZES: set[Any] = {"size", "dim"}
+SIZE_ATTRIBUTES = {"shape", "ndim", "device", "dtype"}
+"""What a tensor says of itself; other attributes, such as ``x.mT``, are tensors."""
 ELEMENTWISE: set[Any] = {nn.SiLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU}
 ELEMENTWISE |= {nn.Mish, nn.Softplus, F.silu, F.hardswish, F.gelu, F.hardsigmoid, F.leaky_relu, F.elu, F.mish}
 ELEMENTWISE |= {

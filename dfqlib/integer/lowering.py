@@ -250,7 +250,10 @@ class Lowering:
 
     def _is_size(self, node: fx.Node) -> bool:
         """Whether ``node`` is a number made of shapes rather than a tensor."""
-        if graph.operation(node) in kinds.SIZES:
+        kind = graph.operation(node)
+        if kind is getattr:
+            return node.args[1] in kinds.SIZE_ATTRIBUTES
+        if kind in kinds.SIZES:
             return True
         sources = node.all_input_nodes
         return node.op != "output" and bool(sources) and all(source in self.sizes for source in sources)
