@@ -142,7 +142,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
         }
         names = [textwrap.fill(name, 15) for name in ways]
         tallest = max(max(ratios) for ratios in series.values())
-        labels = {"ylabel": f"images/s against {next(iter(ways))}", "title": table.capitalize()}
+        labels: dict[str, Any] = {"ylabel": f"images/s against {next(iter(ways))}", "title": table.capitalize()}
         plots.bars(panel, series, names, decimals=2, ylim=(0, 1.25 * tallest), **labels)
         panel.tick_params(axis="x", labelsize=7)
         if panel is not axes[0] and (legend := panel.get_legend()):
