@@ -24,7 +24,8 @@ class _BatchStatistics(torch.autograd.Function):
 
     The statistics of a dozen feature maps are half the cost of synthesizing images on a CPU. The forward
     pass is the one of BatchNorm in training mode, a single fused reduction with float32 sums; the gradient
-    is one multiply-add, where autograd through ``torch.var_mean`` takes 3 to 10 times as long.
+    is one multiply-add per value, computed as BatchNorm in evaluation mode computes it, where autograd through
+    ``torch.var_mean`` takes 3 to 10 times as long and ``torch.addcmul``, in bfloat16, 5 times.
     """
 
     @staticmethod
@@ -41,13 +42,8 @@ class _BatchStatistics(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         grad_mean, grad_var = grads
         count = x.numel() // x.shape[1]
-        slope = 2.0 / count * grad_var
-        offset = grad_mean / count - slope * mean
-        return torch.addcmul(_as_channels(offset, x), x, _as_channels(slope, x)).to(x.dtype)
-
-
-def _as_channels(per_channel: Tensor, like: Tensor) -> Tensor:
-    return per_channel.view(1, -1, *([1] * (like.dim() - 2)))
+        slope, offset = 2.0 / count * grad_var, grad_mean / count
+        return torch.native_batch_norm(x, slope, offset, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """What ``layer`` computes with another weight of its shape."""
+def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What ``layer`` computes with another weight of its shape, and another bias."""
     if not _is_affected(layer):
-        return layer._conv_forward(x, weight, layer.bias)
+        return layer._conv_forward(x, weight, bias)
     down, right = layer.stride
-    return F.conv2d(x[:, :, ::down, ::right], weight, layer.bias, groups=layer.groups)
+    return F.conv2d(x[:, :, ::down, ::right], weight, bias, groups=layer.groups)
 
 
 class _Unstrided(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
-        return convolve(self, input, self.weight)
+        return convolve(self, input, self.weight, self.bias)
 
 
 def prepare_for_training(model: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from dfqlib.folding import Layer, find_layers
 from dfqlib.moments import SIXES
 from dfqlib.quantizer import StepQuantizer
 from dfqlib.quantizer.functions import per_channel
-from dfqlib.training import Session
+from dfqlib.training import Session, adam
 
 STRETCH = 1.1, -0.1
 """zeta and gamma of Eq. 23: the sigmoid is stretched so that h reaches 0 and 1 at finite V."""
@@ -133,7 +133,7 @@ def _round_layer(
     quantizer, forward = layer.module.weight_quantizer, _after(layer)
     step_size = per_channel(quantizer.step.detach(), original)
     rounding = _Rounding(original.detach(), step_size)
-    adam = torch.optim.Adam(rounding.parameters(), lr)
+    optimizer = adam(rounding.parameters(), lr)
 
     def soft() -> Tensor:
         return soft_weights(original, rounding.v, step_size, quantizer.qmin, quantizer.qmax)
@@ -147,12 +147,12 @@ def _round_layer(
         total = error
         if share >= warm_up:
             total = error + weight * rounding_regularizer(rounding.v, annealed_beta(share, *beta, warm_up))
-        adam.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         total.backward(inputs=[rounding.v])
-        adam.step()
+        optimizer.step()
         return {"error": error}
 
-    session.loop(f"rounding {layer.name}", steps, step, {"rounding": rounding, "optimizer": adam})
+    session.loop(f"rounding {layer.name}", steps, step, {"rounding": rounding, "optimizer": optimizer})
     with torch.no_grad():
         codes = (original / step_size).floor() + (rectified_sigmoid(rounding.v) >= 0.5)
         rounded = codes.clamp(quantizer.qmin, quantizer.qmax) * step_size

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
+from dfqlib import training
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.generators import Generator
 from dfqlib.training import Session, Stateful, mixed_precision
@@ -102,7 +103,7 @@ def adam(lr: float, cosine_steps: int | None = None) -> MakeOptimizer:
     """Adam, with a learning rate that falls to zero along a cosine of that many steps, or with a constant one."""
 
     def make(pixels: list[nn.Parameter]) -> tuple[Optimizer, Schedule]:
-        chosen = torch.optim.Adam(pixels, lr)
+        chosen = training.adam(pixels, lr)
         if cosine_steps is None:
             return chosen, ConstantLR(chosen, factor=1.0)
         return chosen, CosineAnnealingLR(chosen, max(cosine_steps, 1))
@@ -114,7 +115,7 @@ def adam_on_plateaus(lr: float, patience: int) -> MakeOptimizer:
     """Adam whose learning rate is divided by ten once the loss has not improved for ``patience`` steps (ZeroQ)."""
 
     def make(pixels: list[nn.Parameter]) -> tuple[Optimizer, Schedule]:
-        chosen = torch.optim.Adam(pixels, lr)
+        chosen = training.adam(pixels, lr)
         return chosen, ReduceLROnPlateau(chosen, patience=patience)
 
     return make

@@ -16,6 +16,7 @@ from dfqlib import batchnorm
 from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.losses import bn_l2_loss, distillation_loss
 from dfqlib.quantizer import QuantSpec, calibrate, quantize_layers
+from dfqlib.training import adam
 
 BATCH = 250
 """Points per optimization step: enough that a batch has its own stable statistics."""
@@ -74,7 +75,7 @@ def minimize(loss: Callable[[int], Tensor], parameters: list[Tensor], steps: int
 
     Taught in notebook 01.
     """
-    optimizer = torch.optim.Adam(parameters, lr, fused=True)  # small tensors: the loop costs more than the sums
+    optimizer = adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     history = []
     for step in range(steps):

@@ -226,6 +226,17 @@ def mixed_precision(device: torch.device, enabled: bool = True) -> torch.autocas
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled and supported)
 
 
+def adam(parameters: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
+    """Adam in one pass over each tensor: a network has hundreds of small ones, for which ten passes are mostly waiting.
+
+    Args:
+        parameters: tensors, or groups of them.
+        lr: learning rate of those without one of their own.
+        betas: decays of the two moments.
+    """
+    return torch.optim.Adam(parameters, lr, betas, fused=True)
+
+
 def channels_last(model: nn.Module) -> nn.Module:
     """Lay out the weights of convolutions channels last, in place: a fifth to a third faster on CPUs."""
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

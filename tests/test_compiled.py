@@ -40,8 +40,9 @@ def run(x: Tensor, grad: Tensor, step: Tensor, kernels: Kernels) -> tuple[Tensor
 def test_in_float32_codes_and_gradients_are_those_of_the_plain_kernels(
     kernels: Kernels, layout: torch.memory_format
 ) -> None:
-    x, grad = torch.randn(2, 4, 8, 7, 5).unbind()
+    x, grad = torch.randn(2, 41, 8, 17, 15).unbind()
     x, step = x.contiguous(memory_format=layout), torch.tensor(0.3)
+    assert x.numel() > compiled.SMALL
     (y, grad_x, grad_step), (plain_y, plain_x, plain_step) = (run(x, grad, step, each) for each in (kernels, PLAIN))
     assert torch.equal(y, plain_y)
     assert torch.equal(grad_x, plain_x)
@@ -50,7 +51,7 @@ def test_in_float32_codes_and_gradients_are_those_of_the_plain_kernels(
 
 
 def test_in_bfloat16_they_round_once(kernels: Kernels) -> None:
-    x, grad = torch.randn(2, 4096).to(torch.bfloat16).unbind()
+    x, grad = torch.randn(2, 2 * compiled.SMALL).to(torch.bfloat16).unbind()
     step = torch.tensor(0.3)
     y, _, grad_step = run(x, grad, step, kernels)
     exact, _, exact_step = run(x.float(), grad.float(), step, PLAIN)
@@ -58,7 +59,7 @@ def test_in_bfloat16_they_round_once(kernels: Kernels) -> None:
     torch.testing.assert_close(grad_step, exact_step, rtol=1e-3, atol=1e-2)
 
 
-def test_steps_per_channel_and_empty_batches_go_the_plain_way(kernels: Kernels) -> None:
+def test_steps_per_channel_small_tensors_and_empty_batches_go_the_plain_way(kernels: Kernels) -> None:
     x, grad = torch.randn(2, 3, 2, 3, 3).unbind()
     step = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1, 1)
     for ours, plain in zip(run(x, grad, step, kernels), run(x, grad, step, PLAIN), strict=True):

@@ -40,6 +40,7 @@ def same(first: nn.Module, second: nn.Module) -> bool:
 
 @pytest.fixture(scope="module")
 def plain(teacher: nn.Module) -> Report:
+    torch.set_num_threads(1)  # made before the fixture that sets it for each test
     return run(teacher)
 
 

@@ -8,6 +8,7 @@ Taught in notebooks 02 and 07.
 """
 
 from dfqlib.quantizer.functions import affine_quantize, fake_quantize
+from dfqlib.quantizer.fused import fused
 from dfqlib.quantizer.modules import AffineQuantizer, Quantizer, StepQuantizer
 from dfqlib.quantizer.network import (
     QuantConv2d,
@@ -24,6 +25,6 @@ from dfqlib.spec import QuantSpec, integer_range
 
 __all__ = [
     "AffineQuantizer", "QuantConv2d", "QuantLinear", "QuantSpec", "Quantizer", "StepQuantizer", "affine_quantize",
-    "calibrate", "check_steps", "fake_quantize", "integer_range", "parameter_groups", "quantize_layers", "quantizers",
-    "set_mode", "use_compiler",
+    "calibrate", "check_steps", "fake_quantize", "fused", "integer_range", "parameter_groups", "quantize_layers",
+    "quantizers", "set_mode", "use_compiler",
 ]  # fmt: skip

@@ -5,14 +5,15 @@ Taught in notebook 07.
 
 import functools
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dfqlib.quantizer.functions import PLAIN, Kernels
+
+SMALL = 2**16
+"""Below so many numbers the plain kernels take less time than finding the compiled ones."""
 
 
 @functools.cache
@@ -28,8 +29,7 @@ def kernels() -> Kernels:
     def forward(x: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
         if not _suits(x, step):
             return PLAIN.forward(x, step, qmin, qmax)
-        with _one_state(x):
-            flat = quantize(_flat(x), _flat(step), *_bounds(qmin, qmax, x.device))
+        flat = quantize(_flat(x), _flat(step), *_bounds(qmin, qmax, x.device))
         return flat.as_strided(x.shape, x.stride())
 
     def backward(
@@ -37,17 +37,14 @@ def kernels() -> Kernels:
     ) -> tuple[Tensor, Tensor | None]:
         if not _suits(x, step):
             return PLAIN.backward(grad, x, step, qmin, qmax, wants_step)
-        if grad.stride() != x.stride():
-            grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
-        with _one_state(x):
-            bounds = _bounds(qmin, qmax, x.device)
-            grad_x, grad_step = differentiate(_flat(grad), _flat(x), _flat(step), *bounds)
+        grad_x, grad_step = differentiate(_flat(grad), _flat(x), _flat(step), *_bounds(qmin, qmax, x.device))
         return grad_x.as_strided(x.shape, x.stride()), grad_step.reshape(step.shape).to(step.dtype)
 
     made = Kernels(forward, backward)
     try:
-        x, step = torch.rand(64), torch.tensor(0.1)
-        made.backward(x, made.forward(x, step, 0, 15), step, 0, 15, True)
+        x, step = torch.rand(SMALL), torch.tensor(0.1)
+        with torch.no_grad():
+            made.backward(x, made.forward(x, step, 0, 15), step, 0, 15, True)
     except Exception as error:  # a missing compiler shows in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
@@ -72,7 +69,7 @@ def _differentiate(grad: Tensor, x: Tensor, step: Tensor, qmin: Tensor, qmax: Te
 def _suits(x: Tensor, step: Tensor) -> bool:
     """Whether the tensor is large and lies in one piece: one step for all, no gaps, whatever the order of its axes."""
     whole = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return whole and step.numel() == 1 and x.numel() > 0
+    return whole and step.numel() == 1 and x.numel() >= SMALL
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -82,13 +79,6 @@ def _flat(x: Tensor) -> Tensor:
     """
     ordered = x if x.is_contiguous() else x.permute(0, 2, 3, 1)
     return torch.ops.aten._unsafe_view(ordered.detach(), (-1,))
-
-
-@contextmanager
-def _one_state(x: Tensor) -> Iterator[None]:
-    """Neither gradients nor autocast: kernels are compiled anew for each state they are called in."""
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        yield
 
 
 @functools.cache

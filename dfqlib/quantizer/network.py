@@ -25,7 +25,7 @@ class QuantConv2d(nn.Conv2d):
     weight_quantizer: Quantizer
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolve(self, x, self.weight_quantizer(self.weight))
+        return convolve(self, x, self.weight_quantizer(self.weight), self.bias)
 
 
 class QuantLinear(nn.Linear):

@@ -14,7 +14,7 @@ from dfqlib import quantizer
 from dfqlib.convolution import prepare_for_training
 from dfqlib.generators import Generator
 from dfqlib.recipes.base import Task, descend, make_optimizer
-from dfqlib.training import Stateful, channels_last, mixed_precision
+from dfqlib.training import Stateful, adam, channels_last, mixed_precision
 
 Answers = Callable[[], list[Tensor]]
 """Every student's logits of a generator's images; computed when asked for."""
@@ -35,11 +35,19 @@ G = TypeVar("G", bound=Generator)
 
 @dataclass(frozen=True)
 class Player(Generic[Network]):
-    """A network and what trains it; a schedule takes one step with each move."""
+    """A network and what trains it.
+
+    Attributes:
+        network: a generator or a student.
+        optimizer: of its parameters.
+        schedule: of the learning rate; takes one step with each move.
+        faster: what computes the network's answers, where that is not the network itself.
+    """
 
     network: Network
     optimizer: Optimizer
     schedule: LRScheduler | None = None
+    faster: nn.Module | None = None
 
     def descend(self, loss: Tensor) -> None:
         """One move."""
@@ -86,7 +94,7 @@ def play(
 
     def answer(student: Player[nn.Module], images: Tensor) -> Tensor:
         with mixed_precision(task.device, rules.bf16):
-            return student.network(images).float()
+            return (student.faster or student.network)(images).float()
 
     def generator_move(player: Player[Generator], loss_of: GeneratorLoss) -> tuple[Tensor, Tensor, Tensor]:
         images, target = draw(player, learn=True)
@@ -121,7 +129,7 @@ def play(
 def trained_by_adam(task: Task, generator: G, lr: float) -> Player[G]:
     """A generator on the task's device, at a constant learning rate."""
     channels_last(generator.to(task.device))
-    return Player(generator, torch.optim.Adam(generator.parameters(), lr))
+    return Player(generator, adam(generator.parameters(), lr))
 
 
 def from_scratch(
@@ -138,7 +146,8 @@ def quantized(
     """A calibrated student; its mode stays as it is, its steps train at the share ``step_lr`` of ``lr``."""
     groups = quantizer.parameter_groups(student, lr, lr * step_lr)
     descent = make_optimizer(optimizer, groups, lr, momentum=MOMENTUM, weight_decay=DECAY, nesterov=nesterov)
-    return Player(student, descent, decayed(descent, schedule, steps, ()))
+    faster = None if student.training else quantizer.fused(student)
+    return Player(student, descent, decayed(descent, schedule, steps, ()), faster)
 
 
 def decayed(optimizer: Optimizer, schedule: str, steps: int, milestones: Milestones) -> LRScheduler:

@@ -8,14 +8,14 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dfqlib import losses, quantizer, synthesis
 from dfqlib.errors import InputError
 from dfqlib.recipes._additions import Features, perturbed
 from dfqlib.recipes.base import Task, descend
 from dfqlib.spec import QuantSpec
-from dfqlib.training import Stateful, mixed_precision
+from dfqlib.training import Stateful, adam, mixed_precision
 
 RULES = {
     "steps": (0, math.inf), "batch": (1, math.inf), "lr": (0, math.inf), "step_lr": (0, math.inf),
@@ -125,14 +125,18 @@ def fine_tune(
         additions: further terms; ``alignment`` rests where ``network_at`` gives another network, which has no BatchNorm
             layers.
     """
-    adam = torch.optim.Adam(quantizer.parameter_groups(student, lr, lr * settings.step_lr))
-    peaks = [group["lr"] for group in adam.param_groups]
-    cycle = torch.optim.lr_scheduler.OneCycleLR(adam, peaks, total_steps=max(settings.steps, 1))
+    optimizer = adam(quantizer.parameter_groups(student, lr, lr * settings.step_lr), lr)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=max(settings.steps, 1))
+    watching = additions.alignment > 0  # what leaves the BatchNorm layers, which the faster forms do without
+    fixed = isinstance(student, fx.GraphModule) and not student.training
+    teacher = task.teacher if watching else quantizer.fused(task.teacher)
+    faster = student if watching or not fixed else quantizer.fused(student)
 
     def loss_of(network: nn.Module, labels: Tensor | None, batch: Tensor) -> Tensor:
         with mixed_precision(task.device, settings.bf16):
             with torch.set_grad_enabled(batch.requires_grad):
-                target = task.teacher(batch)
+                target = teacher(batch)
             logits = network(batch)
         loss = losses.distillation_loss(logits.float(), target.float(), settings.temperature)
         if labels is not None:
@@ -145,6 +149,7 @@ def fine_tune(
 
     def step(index: int) -> dict[str, Tensor]:
         network = student if network_at is None else network_at(index)
+        network = faster if network is student else network
         rows = torch.randint(len(images), (settings.batch,))
         batch, own = synthesis.shift_and_flip(images[rows], settings.shift, settings.flip), 1.0
         if torch.rand(()) < settings.cutmix:
@@ -156,11 +161,11 @@ def fine_tune(
         if additions.perturbation:
             batch = perturbed(batch, goal, additions.perturbation)
         loss = goal(batch)
-        descend(adam, loss)
+        descend(optimizer, loss)
         cycle.step()
         return {"loss": loss}
 
-    state: dict[str, Stateful] = {"student": student, "optimizer": adam, "schedule": cycle}
+    state: dict[str, Stateful] = {"student": student, "optimizer": optimizer, "schedule": cycle}
     with ExitStack() as watched:
         networks = (task.teacher, student) if additions.alignment else ()
         features = [watched.enter_context(Features(network)) for network in networks]

@@ -14,7 +14,7 @@ from dfqlib import graph, quantizer
 from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.evaluate import predict
 from dfqlib.spec import QuantSpec
-from dfqlib.training import Session, channels_last
+from dfqlib.training import Session, adam, channels_last
 
 ImageShape = tuple[int, int, int]
 
@@ -141,7 +141,7 @@ def calibrated_student(
 
 def make_optimizer(name: str, groups: Any, lr: float, **sgd: Any) -> Optimizer:
     """Stochastic gradient descent as the papers set it, or Adam for the short schedules."""
-    return torch.optim.Adam(groups, lr) if name == "adam" else torch.optim.SGD(groups, lr, **sgd)
+    return adam(groups, lr) if name == "adam" else torch.optim.SGD(groups, lr, **sgd)
 
 
 def descend(optimizer: Optimizer, loss: Tensor) -> None:

@@ -36,7 +36,7 @@ from dfqlib.errors import InputError
 from dfqlib.generators import CategoricalBatchNormGenerator, ConditionalGenerator
 from dfqlib.recipes.base import Outcome, Task, check_settings, descend, make_optimizer, quantized_student
 from dfqlib.spec import QuantSpec
-from dfqlib.training import Stateful, channels_last, mixed_precision
+from dfqlib.training import Stateful, adam, channels_last, mixed_precision
 
 NEEDS_BATCHNORM = True
 
@@ -179,12 +179,13 @@ def fine_tune(task: Task, forge: "Forge", student: nn.Module, probe: BatchNormPr
     optimizer = make_optimizer(settings.optimizer, groups, settings.lr_q, **sgd)
     decay = _decay(optimizer, settings, steps)
     student.train(not settings.fixed_bn)
+    faster = quantizer.fused(student) if settings.fixed_bn else student
 
     def step(index: int) -> dict[str, Tensor]:
         quantizer.set_mode(student, "calibrate" if index < averaging else "quantize")
         batch = forge.draw(probe, learn=settings.training == "alternating")
         with mixed_precision(task.device, settings.bf16):
-            logits = student(batch.images)
+            logits = faster(batch.images)
         loss = losses.gdfq_student_loss(
             logits.float(), batch.teacher, batch.labels, settings.kd_weight, settings.temperature, settings.variant,
             settings.student_label_weight,
@@ -219,7 +220,7 @@ class Forge:
         kind = ConditionalGenerator if settings.generator == "embedding" else CategoricalBatchNormGenerator
         self.generator = kind(task.image_shape, task.classes, settings.latent).to(task.device)
         channels_last(self.generator)
-        self.adam = torch.optim.Adam(self.generator.parameters(), settings.lr_g, betas=(0.5, 0.999))
+        self.adam = adam(self.generator.parameters(), settings.lr_g, betas=(0.5, 0.999))
         self.decay = _decay(self.adam, settings, settings.warm_up_steps + settings.epochs * settings.iterations)
         self.accuracy = RunningAccuracy()
         self.state: dict[str, Stateful] = {

@@ -1,0 +1,76 @@
+"""A network in fewer passes, for training: the same function, the same parameters, fewer tensors on the way.
+
+* BatchNorm with fixed statistics is a factor and a bias of each channel. The factor goes into the weights *after* they
+  are quantized, so that codes and steps stay what they are, and the feature maps are passed over once less each way.
+* A ReLU before an unsigned quantizer does what the quantizer does anyway: its smallest code is 0.
+
+Taught in notebook 07.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from dfqlib import folding, graph
+from dfqlib.convolution import convolve
+from dfqlib.quantizer.functions import per_channel
+from dfqlib.quantizer.modules import StepQuantizer
+
+RELU: graph.Operations = {nn.ReLU, F.relu, torch.relu, "relu"}
+
+
+class _Merged(nn.Module):
+    """A layer and the BatchNorm after it as one product with scaled weights."""
+
+    def __init__(self, layer: Any, norm: Any) -> None:
+        super().__init__()
+        self.layer, self.norm = layer, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, norm = self.layer, self.norm
+        scale = (norm.running_var + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight
+        bias = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
+        bias = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
+        weight = layer.weight_quantizer(layer.weight) if hasattr(layer, "weight_quantizer") else layer.weight
+        weight = weight * per_channel(scale, weight)
+        return convolve(layer, x, weight, bias) if isinstance(layer, nn.Conv2d) else F.linear(x, weight, bias)
+
+
+def fused(network: nn.Module) -> fx.GraphModule:
+    """The network in fewer passes, equal to rounding in values and gradients; train either and both have learned.
+
+    Hooks on the merged layers are not called: where features or statistics of BatchNorm are watched, take ``network``.
+
+    Args:
+        network: a graph, such as ``quantize_layers`` makes, in eval mode and calibrated; or any network, of which a
+            copy is made. BatchNorm layers in training mode stay as they are.
+
+    Taught in notebook 07.
+    """
+    source = network if isinstance(network, fx.GraphModule) else graph.trace(network)[0]
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(source.graph, {}))
+    result = fx.GraphModule(source, copied)  # its modules are those of the source
+    for layer in folding.find_layers(result).values():
+        if layer.norm is not None and not layer.norm.training:
+            result.set_submodule(layer.name, _Merged(layer.module, layer.norm))
+            layer.output.replace_all_uses_with(layer.node)
+            result.graph.erase_node(layer.output)
+    for node in list(result.graph.nodes):
+        _leave_out_relu(node)
+    result.delete_all_unused_submodules()
+    result.recompile()
+    return result
+
+
+def _leave_out_relu(node: fx.Node) -> None:
+    quantizer = graph.module_of(node) if node.op == "call_module" else None
+    if not isinstance(quantizer, StepQuantizer) or quantizer.signed or quantizer.mode != "quantize":
+        return
+    relu = node.all_input_nodes[0]
+    if graph.operation(relu) in RELU and len(relu.users) == 1:
+        node.replace_input_with(relu, relu.all_input_nodes[0])
+        node.graph.erase_node(relu)
