@@ -12,7 +12,7 @@ from dfqlib import generators, losses, quantizer
 from dfqlib.batchnorm import BatchNormProbe, freeze
 from dfqlib.networks.resnet import CifarResNet
 from dfqlib.recipes.base import descend
-from dfqlib.training import channels_last, mixed_precision
+from dfqlib.training import adam, channels_last, mixed_precision
 
 BATCH = 64
 SHAPE = (3, 32, 32)
@@ -64,7 +64,9 @@ def fine_tuning(
     if naive:
         for _, each in quantizer.quantizers(student):
             each.forward = functools.partial(straight_through, each)  # type: ignore[method-assign]
-    adam = torch.optim.Adam(quantizer.parameter_groups(student, 1e-5, 1e-6))
+    groups = quantizer.parameter_groups(student, 1e-5, 1e-6)
+    optimizer = torch.optim.Adam(groups) if naive else adam(groups, 1e-5)
+    trained, labelling = (student, source) if naive else (quantizer.fused(student), quantizer.fused(source))
     with torch.no_grad():
         answers = source(images)
 
@@ -72,11 +74,11 @@ def fine_tuning(
         with mixed_precision(device, bf16):
             if teacher:
                 with torch.no_grad():
-                    target = source(images)
+                    target = labelling(images)
             else:
                 target = answers
-            logits = student(images)
-        descend(adam, losses.distillation_loss(logits.float(), target.float(), 4.0))
+            logits = trained(images)
+        descend(optimizer, losses.distillation_loss(logits.float(), target.float(), 4.0))
 
     return step
 
@@ -96,13 +98,13 @@ def synthesis_step(
     if contiguous:
         teacher, images = teacher.to(memory_format=torch.contiguous_format), images.contiguous()  # type: ignore[call-overload]
     pixels = nn.Parameter(images)
-    adam = torch.optim.Adam([pixels], 0.1)
+    optimizer = adam([pixels], 0.1)
 
     def step() -> None:
         with BatchNormProbe(teacher) as probe, mixed_precision(device, bf16):
             logits = teacher(pixels)
             loss = losses.bn_norm_loss(probe) + 0.2 * F.cross_entropy(logits, labels)
-        descend(adam, loss)
+        descend(optimizer, loss)
 
     return step
 
@@ -112,14 +114,14 @@ def generator_step(*, device: torch.device = CPU, bf16: bool = False) -> Step:
     teacher = network(device).eval().requires_grad_(False)
     generator = generators.ConditionalGenerator(SHAPE, 10).to(device).train()
     channels_last(generator)
-    adam = torch.optim.Adam(generator.parameters(), 1e-3)
+    optimizer = adam(generator.parameters(), 1e-3)
     labels = classes(device)
 
     def step() -> None:
         with BatchNormProbe(teacher) as probe, mixed_precision(device, bf16):
             logits = teacher(generator.sample(BATCH, labels))
             loss = F.cross_entropy(logits, labels) + 0.1 * losses.bn_l2_loss(probe)
-        descend(adam, loss)
+        descend(optimizer, loss)
 
     return step
 

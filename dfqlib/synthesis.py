@@ -5,6 +5,7 @@ Taught in notebook 03.
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,16 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler,
 from dfqlib import training
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.generators import Generator
-from dfqlib.training import Session, Stateful, mixed_precision
+from dfqlib.training import LOOK_EVERY, Session, Stateful, mixed_precision
 
 Losses = Mapping[str, Tensor]
 Objective = Callable[[Tensor, Tensor, BatchNormProbe, Tensor], Losses]
 """(images, the teacher's logits, its probe, labels) -> losses by name, of which "loss" is minimized."""
 Schedule = LRScheduler | ReduceLROnPlateau
 MakeOptimizer = Callable[[list[nn.Parameter]], tuple[Optimizer, Schedule]]
+
+PLATEAU = 2 * LOOK_EVERY
+"""Steps over which a loss is averaged before one says that it no longer falls."""
 
 
 class _Canvas(nn.Module):
@@ -44,6 +48,7 @@ def from_noise(
     first_batch: int = 0,
     augment: Callable[[Tensor], Tensor] | None = None,
     bf16: bool = False,
+    plateau: float = 0.0,
 ) -> Tensor:
     """Optimize Gaussian noise into one image per label.
 
@@ -59,6 +64,7 @@ def from_noise(
         first_batch: number of the first batch: a run that makes images again goes on counting, for other noise.
         augment: random change of the images before the teacher sees them, such as ``shift_and_flip``.
         bf16: run the teacher in bfloat16 where the processor has it: about twice as fast.
+        plateau: end a batch early where its loss falls by less than this share in ``PLATEAU`` steps; 0 never does.
 
     Returns:
         Images in the teacher's normalized space, shape (N, channels, height, width).
@@ -82,9 +88,17 @@ def from_noise(
                     return objective(images, teacher(images), probe, part)
 
             state: dict[str, Stateful] = {"images": canvas, "optimizer": adjust, "schedule": schedule}
-            session.loop(phase, steps, partial(_descend, losses, adjust, schedule), state)
+            stop = partial(_is_flat, plateau) if plateau else None
+            session.loop(phase, steps, partial(_descend, losses, adjust, schedule), state, finished=stop)
         made.append(canvas.pixels.detach())
     return torch.cat(made)
+
+
+def _is_flat(share: float, rows: list[dict[str, Any]]) -> bool:
+    """Whether the loss's mean over the last ``PLATEAU`` steps is hardly below that of as many steps before."""
+    looks = PLATEAU // LOOK_EVERY
+    values = [row["loss"] for row in rows]
+    return len(values) >= 2 * looks and sum(values[-looks:]) > (1 - share) * sum(values[-2 * looks : -looks])
 
 
 def _descend(losses: Callable[[], Losses], optimizer: Optimizer, schedule: Schedule, _: int) -> Losses:

@@ -82,6 +82,7 @@ class Session:
         step: Step,
         state: Mapping[str, Stateful],
         check: Callable[[], Mapping[str, float]] | None = None,
+        finished: Callable[[list[dict[str, Any]]], bool] | None = None,
     ) -> None:
         """Call ``step(i)`` for i = 0 ... steps - 1, resuming where the checkpoint left off.
 
@@ -94,6 +95,7 @@ class Session:
             state: what must be saved for the phase to be resumed.
             check: called at every look; raises when something else than a loss went wrong, returns what to keep in
                 ``steps``.
+            finished: called at every look with the phase's rows of the history; True ends the phase early.
 
         Raises:
             NonFiniteError: a loss became NaN or infinite; names the phase, the loss and the step.
@@ -127,6 +129,9 @@ class Session:
                             saved = time.perf_counter()
                     if interrupt.is_set():
                         raise KeyboardInterrupt
+                    if finished is not None and not pending and finished(self._rows(phase)):
+                        done = steps
+                        break
             except KeyboardInterrupt:
                 self.interrupted = True
                 tqdm.write(f"{phase}: interrupted after {done} of {steps} steps; keeping what is done", sys.stderr)
@@ -146,6 +151,9 @@ class Session:
         seconds = round(time.perf_counter() - self._started, 3)
         self.history.append({"phase": phase, "step": done, "seconds": seconds, **means})
         return {name: f"{value:.3g}" for name, value in means.items()}
+
+    def _rows(self, phase: str) -> list[dict[str, Any]]:
+        return [row for row in self.history if row["phase"] == phase]
 
     def _restore(self, phase: str, state: Mapping[str, Stateful]) -> int:
         if phase not in self._phases:

@@ -77,6 +77,26 @@ def test_a_plateau_schedule_lowers_the_rate(teacher: nn.Module) -> None:
     assert rates[-1] < 0.1
 
 
+def test_a_batch_ends_where_its_loss_no_longer_falls_and_the_next_one_begins() -> None:
+    def steps_taken(plateau: float) -> list[int]:
+        session, seen = Session(progress=False), torch.zeros(())
+
+        def falling(images: Tensor, *_: object) -> dict[str, Tensor]:  # by a percent a step, for forty steps
+            seen.add_(1)
+            return {"loss": images.mean() * 0 + 0.99 ** seen.clamp(max=40)}
+
+        teacher = models.load_model("digits_resnet8")
+        synthesis.from_noise(
+            teacher, torch.zeros(2).long(), SHAPE, falling, adam, 100, session, batch=1, plateau=plateau
+        )
+        last = {row["phase"]: row["step"] for row in session.history}
+        return list(last.values())
+
+    assert steps_taken(0.0) == [100, 100]
+    assert steps_taken(0.01) == [80, 40]  # the second batch starts on the plateau
+    assert steps_taken(0.5) == [40, 40]
+
+
 def test_shift_and_flip_moves_pixels_and_loses_none() -> None:
     images = torch.arange(2 * 9.0).view(2, 1, 3, 3)
     torch.manual_seed(0)

@@ -97,6 +97,20 @@ def test_a_phase_of_no_steps_does_nothing() -> None:
     assert session.history == []
 
 
+def test_a_phase_may_end_itself_at_a_look_and_is_not_taken_up_again(tmp_path: Path) -> None:
+    def step(number: int) -> Mapping[str, Tensor]:
+        return {"loss": torch.tensor(float(number))}
+
+    def finished(rows: list[dict[str, Any]]) -> bool:
+        return [row["phase"] for row in rows] == ["first", "first"]
+
+    for _ in range(2):  # the second time from the checkpoint
+        session = Session(progress=False, checkpoint=tmp_path / "run.pt")
+        session.loop("before", 5, step, {})
+        session.loop("first", 45, step, {}, finished=finished)
+        assert [(row["phase"], row["step"]) for row in session.history] == [("before", 5), ("first", 10), ("first", 20)]
+
+
 @pytest.mark.parametrize(("bad", "value"), [(0, "nan"), (13, "inf"), (24, "-inf")])
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named_with_its_step(bad: int, value: str) -> None:
     session = Session(progress=False)

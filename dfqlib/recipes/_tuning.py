@@ -63,11 +63,14 @@ class QuantizedTuning(Tuning, Protocol):
 
     Attributes:
         integer_share: share of the last steps in which the student computes in integers.
+        compiled: fine-tune with compiled quantizers where there is a compiler.
         perturbation, alignment: see ``Additions``.
     """
 
     @property
     def integer_share(self) -> float: ...
+    @property
+    def compiled(self) -> bool: ...
     @property
     def perturbation(self) -> float: ...
     @property

@@ -27,6 +27,7 @@ class Settings:
         images: how many to make, or the images themselves, (N, C, H, W), normalized like the data.
         clip: how thresholds are found, one of ``clipping.METHODS``.
         synthesis_steps: Adam steps on the pixels, at a cosine-decayed ``synthesis_lr``.
+        plateau: synthesis ends early where its loss falls by less than this share in 20 steps; 0 takes all steps.
         label_weight: weight of the label cross-entropy beside the BatchNorm loss.
         shift: largest random shift in pixels; flip: random mirroring.
         bf16: compute in bfloat16 where the processor has it; ranges are always set in float32.
@@ -36,6 +37,7 @@ class Settings:
     clip: Literal["max", "mse", "aciq", "kl"] = "mse"
     synthesis_steps: int = 200
     synthesis_lr: float = 0.1
+    plateau: float = 0.01
     label_weight: float = 0.2
     shift: int = 2
     flip: bool = True
@@ -51,7 +53,7 @@ class Settings:
     def synthesis(self, images: int) -> express.Settings:
         """Those of express that make so many images."""
         return express.Settings(
-            images=images, synthesis_steps=self.synthesis_steps, synthesis_lr=self.synthesis_lr,
+            images=images, synthesis_steps=self.synthesis_steps, synthesis_lr=self.synthesis_lr, plateau=self.plateau,
             label_weight=self.label_weight, shift=self.shift, flip=self.flip, bf16=self.bf16,
         )  # fmt: skip
 

@@ -43,6 +43,7 @@ class Settings:
     Attributes:
         images: synthetic images, optimized in one batch (in two with ``adaptability``).
         synthesis_steps: Adam steps on the pixels, at a cosine-decayed ``synthesis_lr``.
+        plateau: synthesis ends early where its loss falls by less than this share in 20 steps; 0 takes all steps.
         label_weight: weight of the label cross-entropy beside the BatchNorm loss.
         shift: largest random shift in pixels; flip: random mirroring; both in synthesis and in fine-tuning.
         steps: fine-tuning steps of ``batch`` images; 0 leaves the network calibrated.
@@ -72,6 +73,7 @@ class Settings:
     images: int = 256
     synthesis_steps: int = 200
     synthesis_lr: float = 0.1
+    plateau: float = 0.01
     label_weight: float = 0.2
     shift: int = 2
     flip: bool = True
@@ -96,9 +98,9 @@ class Settings:
     def __post_init__(self) -> None:
         check_settings(
             self, images=(2, math.inf), synthesis_steps=(1, math.inf), synthesis_lr=(0, math.inf),
-            label_weight=(0, math.inf), superposed=(0, 1), hard_samples=(0, math.inf), adaptability=(0, math.inf),
-            low_pass=(0, math.inf), selective_labels=(0, 1), student_label_weight=(0, math.inf),
-            **_tuning.QUANTIZED_RULES,
+            plateau=(0, 1), label_weight=(0, math.inf), superposed=(0, 1), hard_samples=(0, math.inf),
+            adaptability=(0, math.inf), low_pass=(0, math.inf), selective_labels=(0, 1),
+            student_label_weight=(0, math.inf), **_tuning.QUANTIZED_RULES,
         )  # fmt: skip
         if self.label_weight == self.hard_samples == 0 and (self.superposed or self.selective_labels):
             name = "superposed" if self.superposed else "selective_labels"
@@ -122,8 +124,6 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     if settings.adaptability:
         images = torch.cat([images, synthesize(task, settings, calibrated)])
     student = copy.deepcopy(calibrated)
-    if settings.compiled:
-        quantizer.use_compiler(student)
     fine_tune(task, student, images, spec, settings, learned_labels(task, images, settings))
     return Outcome(student, images, calibrated)
 
@@ -162,6 +162,7 @@ def synthesize(task: Task, settings: Settings, rival: nn.Module | None = None) -
         task.teacher, labels, task.image_shape, objective,
         synthesis.adam(settings.synthesis_lr, settings.synthesis_steps), settings.synthesis_steps,
         task.session, batch=settings.images, first_batch=int(rival is not None), augment=augment, bf16=settings.bf16,
+        plateau=settings.plateau,
     )  # fmt: skip
     return _additions.low_pass(images, settings.low_pass) if settings.low_pass else images
 
@@ -184,6 +185,8 @@ def fine_tune(
     labels: Tensor | None = None,
 ) -> None:
     """Bring ``student`` close to the teacher on mixtures of ``images`` (and to weighted ``labels``), in place."""
+    if settings.compiled:
+        quantizer.use_compiler(student)
     first_integer_step = settings.steps - round(settings.integer_share * settings.steps)
     if settings.integer_share:
         integer.prepare(student, images)

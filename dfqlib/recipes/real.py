@@ -36,7 +36,7 @@ class Settings:
         temperature: of the distillation loss.
         cutmix: share of fine-tuning batches in which a box of each image comes from another.
         shift: largest random shift in pixels; flip: random mirroring.
-        integer_share, perturbation, alignment: as express's.
+        integer_share, compiled, perturbation, alignment: as express's.
         bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
     """
 
@@ -51,6 +51,7 @@ class Settings:
     shift: int = 2
     flip: bool = True
     integer_share: float = 0.0
+    compiled: bool = False
     perturbation: float = 0.0
     alignment: float = 0.0
     bf16: bool = True
