@@ -1,6 +1,6 @@
 """Ctrl-C in the middle of any phase, and the same call again: the result has every bit of an unbroken run.
 
-GDFQ, DFQF and ZeroQ are in ``test_recipes_papers``, express with its options in ``test_recipes_express``.
+Express with its options is in ``test_recipes_express``.
 """
 
 import os
@@ -13,12 +13,19 @@ import torch
 from torch import nn
 
 import dfqlib
+from dfqlib.recipes import gdfq
 from dfqlib.recipes.base import Report
 from dfqlib.training import Session, Step
 
 SHAPE = (1, 16, 16)
 GENERATOR: dict[str, Any] = {"warm_up_epochs": 1, "epochs": 1, "iterations": 2, "batch": 4, "latent": 16}
 QUANTIZE: dict[str, dict[str, Any]] = {
+    "zeroq": {"images": 8, "iterations": 4},
+    "gdfq": {
+        "bits": gdfq.paper_spec("w4a4"), "epochs": 2, "warm_up_epochs": 2, "range_epochs": 2, "iterations": 2,
+        "batch": 4,
+    },
+    "dfqf": {"epochs": 2, "warm_up_epochs": 2, "iterations": 2, "batch": 4, "latent": 50},
     "dsg": {"images": 9, "gaussian_images": 8, "iterations": 2, "steps": 2, "batch": 4},
     "deepinversion": {"images": 4, "synthesis_batch": 2, "synthesis_steps": 2, "steps": 2, "batch": 4},
     "dafl": GENERATOR,
@@ -41,13 +48,13 @@ class Plain(nn.Sequential):
 def press_ctrl_c_halfway(patch: pytest.MonkeyPatch, phase: str) -> None:
     loop = Session.loop
 
-    def interrupted(self: Session, name: str, steps: int, step: Step, *rest: Any) -> None:
+    def interrupted(self: Session, name: str, steps: int, step: Step, *rest: Any, **more: Any) -> None:
         def pressed(index: int) -> Any:
             if name == phase and index == steps // 2 - 1:
                 os.kill(os.getpid(), signal.SIGINT)
             return step(index)
 
-        loop(self, name, steps, pressed, *rest)
+        loop(self, name, steps, pressed, *rest, **more)
 
     patch.setattr(Session, "loop", interrupted)
 
@@ -62,6 +69,11 @@ def assert_same(one: Report, other: Report) -> None:
 @pytest.mark.parametrize(
     ("recipe", "phase"),
     [
+        ("zeroq", "synthesis"),
+        ("gdfq", "warm-up"),
+        ("gdfq", "fine-tuning"),
+        ("dfqf", "warm-up"),
+        ("dfqf", "fine-tuning"),
         ("dsg", "synthesis"),
         ("dsg", "fine-tuning"),
         ("deepinversion", "synthesis 2/2"),

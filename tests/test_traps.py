@@ -82,7 +82,7 @@ def test_the_last_step_is_the_result_however_bad(
     """The last step of fine-tuning is made to ruin the student; nothing goes back to a better one."""
     loop = Session.loop
 
-    def ruined(self: Session, phase: str, steps: int, step: Step, state: Any, *rest: Any) -> None:
+    def ruined(self: Session, phase: str, steps: int, step: Step, state: Any, *rest: Any, **more: Any) -> None:
         def spoiled(index: int) -> Any:
             found = step(index)
             student = state.get("student", state.get("student 0"))
@@ -91,7 +91,7 @@ def test_the_last_step_is_the_result_however_bad(
                     student.get_parameter("conv1.weight").fill_(0.125)
             return found
 
-        loop(self, phase, steps, spoiled, state, *rest)
+        loop(self, phase, steps, spoiled, state, *rest, **more)
 
     monkeypatch.setattr(Session, "loop", ruined)
     report = dfqlib.quantize(teacher, SHAPE, recipe=recipe, progress=False, **TRAINED[recipe])
