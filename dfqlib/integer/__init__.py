@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfqlib.errors import InputError, NonFiniteError
+from dfqlib.integer.layer import IntegerLayer
 from dfqlib.integer.lowering import PREFIX, Lowering, without_quantizers
 from dfqlib.quantizer import AffineQuantizer, StepQuantizer, quantizers
 
-__all__ = ["PREFIX", "attach", "prepare", "prepare_from_noise", "simulate", "without_quantizers"]
+__all__ = ["PREFIX", "attach", "prepare", "prepare_from_noise", "settle", "simulate", "without_quantizers"]
 
 MARGIN = 1.5
 """How far beyond noise's own range a grid reaches when there are no images: real activations have longer tails."""
@@ -54,6 +55,7 @@ def prepare(network: nn.Module, images: Tensor) -> None:
 
     The network then *is* what the integer file computes, up to the rounding of biases: its accuracy is the file's,
     and fine-tuning it goes on under the conditions of the file. The new quantizers are submodules ``store_*``.
+    ``settle`` rounds the biases too.
 
     Args:
         network: what ``quantize_layers`` made of a model, calibrated. Grids it has stay as they are.
@@ -71,6 +73,22 @@ def prepare(network: nn.Module, images: Tensor) -> None:
         network(images)
     for grid in grids:
         grid.mode = "quantize"
+
+
+def settle(network: nn.Module) -> None:
+    """Write into a prepared network what its integers will round, in place: its accuracy is then the file's.
+
+    That is the grid of each bias, and in channels of negative BatchNorm gain the most negative weight code, which has
+    no positive twin. ``simulate`` rounds both anyway, and goes on doing so when the network is trained further.
+
+    Args:
+        network: as for ``simulate``.
+
+    Taught in notebook 10.
+    """
+    for module in simulate(network).modules():
+        if isinstance(module, IntegerLayer):
+            module.settle()
 
 
 @torch.no_grad()

@@ -62,6 +62,27 @@ class IntegerLayer(nn.Module):
         scale = torch.maximum(scale, floor)
         return codes, RoundClamp.apply(bias / (self.source.step * scale), -LARGEST_BIAS, LARGEST_BIAS), scale
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Write into layer and BatchNorm what ``integers`` rounds: the bias onto its grid, codes without a twin up.
+
+        The fake-quantized network then computes what the integers do, to rounding.
+        """
+        _, codes, scale = self.integers()
+        _, step, bias = self._quantized()
+        gain, shift = (torch.ones_like(bias), torch.zeros_like(bias)) if self.norm is None else _affine(self.norm)
+        missing = codes * self.source.step * scale - (bias * gain + shift)
+        if self.norm is not None and self.norm.bias is not None:
+            self.norm.bias.add_(missing)
+        elif self.norm is not None and self.norm.running_mean is not None:
+            self.norm.running_mean.sub_(torch.where(gain == 0, 0.0, missing / gain))
+        elif self.layer is not None and self.layer.bias is not None:
+            self.layer.bias.add_(missing)
+        if self.layer is not None:
+            weight = self.layer.weight
+            lowest = _rows(torch.where(gain < 0, -self.largest_code * step, -torch.inf), weight)
+            weight.copy_(torch.maximum(weight, lowest))
+
     @property
     def bits(self) -> int:
         """Width of the weights' codes."""

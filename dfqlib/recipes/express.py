@@ -52,7 +52,8 @@ class Settings:
         temperature: of the distillation loss.
         cutmix: share of fine-tuning batches in which a box of each image comes from another.
         integer_share: share of the last steps in which the student computes in integers, biases and sums included, as
-            its exported file will; 0 for fake quantization throughout.
+            its exported file will, and what integers round is written into the result, whose accuracy is then the
+            file's; 0 for fake quantization throughout.
         bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
         compiled: fine-tune with compiled quantizers where there is a compiler: some 15 s once, then faster steps.
         superposed: probability of an image's label being a mixture of classes; Qimera's 0.4.
@@ -196,3 +197,5 @@ def fine_tune(
         network_at=lambda index: student if index < first_integer_step else as_exported,
         additions=_tuning.Additions(labels, settings.perturbation, settings.alignment),
     )  # fmt: skip
+    if settings.integer_share:
+        integer.settle(student)
