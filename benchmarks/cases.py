@@ -28,6 +28,7 @@ def _all_layers(bits: int) -> dict[str, Any]:
 
 CASES = {
     "digits_w2a2": Case("digits_resnet8", "w2a2"),
+    "digits_w3a3": Case("digits_resnet8", "w3a3"),
     "digits_w2a2_short": Case(
         "digits_resnet8",
         "w2a2",

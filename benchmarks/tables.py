@@ -1,7 +1,7 @@
 """Write the README's tables from results/*.json; ``--check`` only says whether they are up to date.
 
 A table stands between ``<!-- results: NAME -->`` and ``<!-- end -->`` and is replaced whole. NAME is "recipes",
-"ideas", "export", "speed" or "targets", or a recipe for its cases. A table whose results file is not there stops the
+"digits", "ideas", "export", "speed" or "targets", or a recipe for its cases. A table whose results file is not there stops the
 program with the command that measures it.
 """
 
@@ -27,6 +27,7 @@ MATRIX = {
     "cifar10_w4a4_all": "W4A4, all layers",
     "cifar10_w3a3_all": "W3A3, all layers",
 }
+DIGITS = "digits_w3a3"
 IDEA_CASES = {name: MATRIX[name] for name in ("cifar10_w4a4", "cifar10_w3a3")}
 ROWS = {
     ("real", ""): "`real`: 1,024 training images, the ceiling",
@@ -99,6 +100,18 @@ def recipes() -> str:
         cells.append(f"{max(summary['peak_gb'] for summary in summaries):.2f} GB")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def digits() -> str:
+    """One row per recipe on the bundled digits: what calibration leaves, what the recipe reaches, its seconds."""
+    rows = []
+    for (recipe, variant), name in ROWS.items():
+        entry = _cases(recipe).get(":".join(filter(None, (DIGITS, variant))))
+        if entry:
+            summary = entry["summary"]
+            cells = [_spread(summary, "calibrated_top1"), _spread(summary, "top1"), f"{summary['cpu_seconds']:.0f}"]
+            rows.append([name, *cells])
+    return _table(["recipe", "calibrated", "the recipe's network", "CPU seconds"], rows)
 
 
 def ideas() -> str:
@@ -218,7 +231,7 @@ def _speedups(runs: list[dict[str, Any]], batch: str) -> str:
 def written(text: str) -> str:
     """The README's text with every table made anew."""
 
-    made = {"export": export, "recipes": recipes, "ideas": ideas, "speed": speed, "targets": targets}
+    made = {"export": export, "recipes": recipes, "digits": digits, "ideas": ideas, "speed": speed, "targets": targets}
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
