@@ -1,8 +1,8 @@
 """Write the README's tables from results/*.json; ``--check`` only says whether they are up to date.
 
 A table stands between ``<!-- results: NAME -->`` and ``<!-- end -->`` and is replaced whole. NAME is "recipes",
-"digits", "ideas", "export", "speed" or "targets", or a recipe for its cases. A table whose results file is not there stops the
-program with the command that measures it.
+"digits", "ideas", "export", "speed" or "targets", or a recipe for its cases. A table whose results file is not there
+stops the program with the command that measures it.
 """
 
 import argparse
