@@ -22,6 +22,7 @@ from dfqlib.folding import Layer, find_layers
 from dfqlib.moments import SIXES
 from dfqlib.quantizer import StepQuantizer
 from dfqlib.quantizer.functions import per_channel
+from dfqlib.spec import QuantSpec
 from dfqlib.training import Session, adam
 
 STRETCH = 1.1, -0.1
@@ -60,6 +61,12 @@ def annealed_beta(share: float, start: float = 20.0, end: float = 2.0, warm_up: 
 def soft_weights(weight: Tensor, v: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
     """``s * clip(floor(W / s) + h(V), n, p)`` (Eq. 22), differentiable in ``v``."""
     return ((weight / step).floor() + rectified_sigmoid(v)).clamp(qmin, qmax) * step
+
+
+def require_steps(spec: QuantSpec) -> None:
+    """Raise InputError unless weights of ``spec`` have the step on whose grid AdaRound chooses."""
+    if spec.scheme != "symmetric":
+        raise InputError(f'scheme="{spec.scheme}": AdaRound needs a step per weight; take scheme="symmetric"')
 
 
 class _Rounding(nn.Module):

@@ -52,6 +52,13 @@ def test_published_sizes() -> None:
     assert AkdGenerator((3, 32, 32)).latent == 512
     assert UnconditionalGenerator((3, 32, 32)).trunk.linear.out_features == 128 * 8 * 8
     assert AkdGenerator((3, 32, 32)).linear.out_features == 512 * 4 * 4
+    assert widths(UnconditionalGenerator((3, 32, 32))) == widths(ConditionalGenerator((3, 32, 32), 10)) == [128, 64, 3]
+    assert widths(AkdGenerator((3, 32, 32))) == [256, 128, 64, 3]
+
+
+def widths(generator: Generator) -> list[int]:
+    """Channels that each convolution puts out."""
+    return [module.out_channels for module in generator.modules() if isinstance(module, nn.Conv2d)]
 
 
 @pytest.mark.parametrize("generator", _all()[:3], ids=lambda generator: type(generator).__name__)

@@ -74,6 +74,8 @@ def test_zeroq_takes_each_image_alone(probe: BatchNormProbe) -> None:
     layers = (2 - 0) ** 2 + (std - 1) ** 2 + (2 - 1) ** 2 + (std - 2) ** 2
     loss = losses.zeroq_loss(probe, _plus_minus(0.0, 1 / math.sqrt(2)))  # the images themselves are as they should be
     assert loss.item() == pytest.approx(layers, rel=1e-3)
+    off = losses.zeroq_loss(probe, _plus_minus(0.5, math.sqrt(2)))  # of mean 1/2 and deviation 2 instead of 0 and 1
+    assert off.item() == pytest.approx(layers + 0.5**2 + 1, rel=1e-3)
 
 
 def _layer(mean: float = 0.0, var: float = 1.0, channels: int = 2) -> nn.Module:
@@ -144,6 +146,8 @@ def test_distillation_by_hand() -> None:
     released = losses.distillation_loss(student, teacher, variant="released")
     assert released.item() == pytest.approx(expected / 2, rel=1e-5)
     assert losses.adversarial_loss(student, teacher).item() == pytest.approx(-expected, rel=1e-5)
+    softened = losses.distillation_loss(20 * student, 20 * teacher, 20.0)  # the same probabilities; GDFQ, Eq. 8
+    assert softened.item() == pytest.approx(20**2 * expected, rel=1e-4)
 
 
 def test_a_high_temperature_compares_logits() -> None:
@@ -204,6 +208,14 @@ def test_competition_lies_between_agreement_and_contradiction() -> None:
     assert losses.competition_loss(logits, logits).item() == pytest.approx(1, abs=1e-6)
     opposite = losses.competition_loss(_certain(0, 1), _certain(2, 3), temperature=1)
     assert opposite.item() == pytest.approx(1 - math.log(2), rel=1e-5)
+
+
+def test_competition_by_hand() -> None:
+    """At the paper's temperature of 3 the outputs are (1/2, 1/2) and (1/4, 3/4); their mean is (3/8, 5/8)."""
+    student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, 3 * math.log(3)]])
+    halves = 0.5 * math.log(4 / 3) + 0.5 * math.log(4 / 5)
+    quarters = 0.25 * math.log(2 / 3) + 0.75 * math.log(6 / 5)
+    assert losses.competition_loss(student, teacher).item() == pytest.approx(1 - (halves + quarters) / 2, rel=1e-5)
 
 
 def test_total_variation_by_hand() -> None:

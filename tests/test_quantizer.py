@@ -54,6 +54,21 @@ def test_error_is_half_a_step_inside_the_range_and_the_grid_is_monotone(
     assert (quantized[order].diff() >= 0).all()
 
 
+def test_learned_step_by_hand() -> None:
+    """DFQF, Eq. 10: codes -4, -0.6, 0.52 and 10 in steps of 1/2 are clamped and rounded to -2, -1, 1 and 1."""
+    x = torch.tensor([-2.0, -0.3, 0.26, 5.0])
+    assert fake_quantize(x, 0.5, -2, 1).tolist() == [-1.0, -0.5, 0.5, 0.5]
+
+
+def test_affine_by_hand() -> None:
+    """GDFQ, Eq. 6, with two bits: scale 3 / (u - l), zero point round(scale l) + 2, codes from -2 to 1."""
+    x = torch.tensor([-0.7, -0.5, -0.2, 0.3, 0.6, 2.0])  # scale 2, zero point 1: -2.4, -2, -1.4, -0.4, 0.2, 3
+    assert affine_quantize(x, -0.5, 1.0, 2).tolist() == [-0.5, -0.5, 0.0, 0.5, 0.5, 1.0]
+    rows = torch.tensor([[-0.2, 0.3], [0.4, 3.2]])  # the second channel: scale 1, zero point 2: -1.6, 1.2
+    bounds = torch.tensor([-0.5, 0.0]), torch.tensor([1.0, 3.0])
+    assert affine_quantize(rows, *bounds, 2).tolist() == [[0.0, 0.5], [0.0, 3.0]]
+
+
 def test_gradients_equal_autograd_through_a_straight_through_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 5, 5, generator=generator, dtype=torch.float64) * 3

@@ -156,6 +156,11 @@ def test_the_model_passed_in_stays_as_it_is() -> None:
     assert model.training
 
 
+def test_weights_without_a_step_are_not_rounded_by_training(teacher: nn.Module) -> None:
+    with pytest.raises(InputError, match='scheme="affine": AdaRound needs a step per weight; take scheme="symmetric"'):
+        equalized(teacher, QuantSpec(scheme="affine"), rounding="adaround")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

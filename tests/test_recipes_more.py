@@ -15,7 +15,7 @@ from dfqlib.errors import InputError
 from dfqlib.evaluate import Batches
 from dfqlib.generators import AkdGenerator, UnconditionalGenerator
 from dfqlib.losses import SlackMargin
-from dfqlib.recipes import _duel, akd, dafl, deepinversion, dfad, dsg
+from dfqlib.recipes import _duel, akd, dafl, deepinversion, dfad, dfqf, dsg
 from dfqlib.recipes._duel import Answers, Player, Rules
 from dfqlib.recipes.base import Task
 
@@ -91,6 +91,7 @@ def test_published_schedules_are_the_papers() -> None:
     assert (fang.student_steps, fang.distill_epochs, fang.lr_g, fang.lr_s) == (5, 500, 1e-3, 0.1)
     assert (choi.alpha, choi.student_steps, choi.batch, choi.latent) == (0.01, 10, 256, 512)
     assert (choi.warm_up_epochs, choi.epochs, choi.iterations) == (50, 200, 400)
+    assert (choi.lr_g, choi.lr_s) == (1e-3, 0.1)
 
 
 @pytest.mark.parametrize("recipe", ["dafl", "dfad", "akd"])
@@ -145,6 +146,20 @@ def test_only_the_single_move_of_a_single_student_takes_the_generators_own_image
     assert [seen(1, 1), seen(1, 2), seen(2, 1)] == [1, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "tenths"), [(dfqf, [4, 4, 2]), (dafl, [4, 4, 2]), (dfad, [2, 2, 6])], ids=["dfqf", "dafl", "dfad"]
+)
+def test_students_from_scratch_slow_down_at_the_papers_milestones(recipe: Any, tenths: list[int]) -> None:
+    """For DFQF's and DAFL's 2,000 epochs that is every 800, for DFAD's 500 after 100 and 200."""
+    network = nn.Linear(1, 1)
+    student, rates = _duel.from_scratch(network, 0.1, "step", 10, recipe.MILESTONES), []
+    for _ in range(10):
+        rates.append(student.optimizer.param_groups[0]["lr"])
+        student.descend(network(torch.ones(1, 1)).sum())
+    expected = [rate for rate, count in zip((0.1, 0.01, 0.001), tenths, strict=True) for _ in range(count)]
+    assert rates == pytest.approx(expected)
+
+
 # DSG
 
 
@@ -189,6 +204,14 @@ def test_dsg_refuses_fewer_images_than_layers_to_enhance(
             short(teacher, "dsg", **{field: 8})
     assert len(short(teacher, "dsg", images=8, enhancement=False).images) == 8
     assert len(short(teacher, "dsg", images=10).images) == 10
+
+
+def test_dsg_refuses_to_round_weights_without_a_step_before_it_makes_images(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "slack_margins", lambda *_: pytest.fail("work was done before the refusal"))
+    with pytest.raises(InputError, match='scheme="affine": AdaRound needs a step per weight'):
+        short(teacher, "dsg", dfqlib.QuantSpec(scheme="affine"), then="adaround")
 
 
 def test_dsg_images_feed_ranges_rounding_or_fine_tuning(teacher: nn.Module) -> None:
@@ -312,6 +335,7 @@ def test_akd_quantized_students_part(task: Task, monkeypatch: pytest.MonkeyPatch
     first, second = (player.network for player in players)
     assert outcome.model is first
     assert not same(weights(first), weights(second))
+    assert all(player.optimizer.defaults["nesterov"] for player in players)
 
 
 def test_akd_warm_up_moves_the_generators_by_the_prior_alone(task: Task) -> None:

@@ -1,5 +1,6 @@
 """The papers' recipes do what their algorithm boxes say: ZeroQ, GDFQ, DFQF."""
 
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from dfqlib.errors import InputError
 from dfqlib.evaluate import Batches
 from dfqlib.networks.resnet import ResNet, projection_shortcut
 from dfqlib.recipes import dfqf, gdfq, zeroq
-from dfqlib.recipes.base import Task, descend
+from dfqlib.recipes.base import Task, descend, make_optimizer
 
 
 def statistics(model: nn.Module) -> Tensor:
@@ -71,6 +72,10 @@ def test_published_schedules_are_the_papers() -> None:
     assert (gdfq_settings.warm_up_epochs, gdfq_settings.lr_g, gdfq_settings.lr_q) == (4, 1e-3, 1e-4)
     assert (dfqf_settings.warm_up_epochs, dfqf_settings.iterations, dfqf_settings.batch) == (200, 100, 512)
     assert (dfqf_settings.epochs, dfqf_settings.distill_epochs, dfqf_settings.lower_bound) == (40, 2000, 0.3)
+    assert (gdfq_settings.bn_weight, gdfq_settings.kd_weight, gdfq_settings.temperature) == (0.1, 1.0, 20.0)
+    assert (gdfq_settings.range_epochs, gdfq_settings.decay_epochs, gdfq_settings.optimizer) == (4, 100, "sgd")
+    assert (dfqf_settings.lr_g, dfqf_settings.lr_s, dfqf_settings.lr, dfqf_settings.step_lr) == (0.01, 0.1, 0.001, 0.1)
+    assert (dfqf_settings.alpha, dfqf_settings.bn_weight, dfqf_settings.adversarial_weight) == (40, 0.1, 5)
     assert (zeroq_settings.iterations, zeroq_settings.lr, zeroq_settings.patience) == (500, 0.5, 100)
 
 
@@ -81,6 +86,10 @@ def test_published_schedules_are_the_papers() -> None:
         (gdfq.Settings, {"student_label_weight": 0.0, "kd_weight": 0.0}, "kd_weight=0"),
         (gdfq.Settings, {"label_weight": 0.0}, "student_label_weight=1"),
         (gdfq.Settings, {"stop_at": 99.5}, "stop_at=99.5"),
+        (gdfq.Settings, {"stop_at": "often"}, "stop_at='often' must be a share"),
+        (gdfq.Settings, {"stop_at": 0.9, "label_weight": 0.0, "student_label_weight": 0.0}, "stop_at=0.9"),
+        (gdfq.Settings, {"lr_g": math.inf}, "lr_g=inf must be finite"),
+        (gdfq.Settings, {"lr_q": math.nan}, "lr_q=nan must be a number"),
         (gdfq.Settings, {"training": "both"}, 'training=\'both\' must be "alternating" or "two-step"'),
         (gdfq.Settings, {"range_epochs": 0}, "range_epochs=0"),
         (gdfq.Settings, {"batch": 2.5}, "batch=2.5"),
@@ -173,6 +182,22 @@ def test_gdfq_generator_rests_in_two_step_training_and_beyond_the_threshold(task
         with BatchNormProbe(task.teacher) as probe:
             forge.draw(probe, learn)
         assert torch.equal(forge.generator.trunk.linear.weight, before) != moves
+
+
+def test_gdfq_optimizers_are_the_papers(teacher: nn.Module, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def noted(name: str, groups: Any, lr: float, **sgd: Any) -> torch.optim.Optimizer:
+        asked.append({"name": name, "lr": lr, **sgd})
+        return make_optimizer(name, groups, lr, **sgd)
+
+    monkeypatch.setattr(gdfq, "make_optimizer", noted)
+    short(teacher, "gdfq", budget="published", batch=4, epochs=1, warm_up_epochs=1, iterations=1)
+    assert asked == [{"name": "sgd", "lr": 1e-4, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}]
+    forge = gdfq.Forge(task, gdfq.Settings())
+    assert (forge.adam.defaults["lr"], forge.adam.defaults["betas"]) == (1e-3, (0.5, 0.999))
+    assert isinstance(forge.decay, torch.optim.lr_scheduler.StepLR)
+    assert (forge.decay.step_size, forge.decay.gamma) == (100 * 200, 0.1)
 
 
 def test_gdfq_two_step_trains_the_generator_to_its_end_first(teacher: nn.Module) -> None:

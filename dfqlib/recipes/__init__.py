@@ -1,7 +1,8 @@
 """One system, one file, each reading like its paper's algorithm box; ``quantize`` and ``distill`` run them by name.
 
 A recipe is a module with ``Settings`` (a frozen dataclass), ``BUDGETS`` (settings by budget), ``NEEDS_BATCHNORM`` and
-``quantize(task, spec, settings)``, and where the method distils, ``distill(task, student, settings)``.
+``quantize(task, spec, settings)``, and where the method distils, ``distill(task, student, settings)``. Where widths and
+settings can contradict each other, ``check(spec, settings)`` refuses that before any work.
 """
 
 import dataclasses
@@ -73,6 +74,8 @@ def quantize(
     """
     spec = QuantSpec.parse(bits)
     method, chosen = find(recipe, "quantize", budget, settings)
+    if hasattr(method, "check"):
+        method.check(spec, chosen)
     run = _Run(model, image_shape, recipe, budget, seed, device, progress, checkpoint, method, chosen, {"spec": spec})
     return run(lambda task: method.quantize(task, spec, chosen))
 

@@ -71,7 +71,7 @@ class Settings:
         epochs: of adversarial distillation, ``iterations`` moves of each student.
         iterations: see above; a multiple of ``student_steps``.
         batch: images of each generator for a move.
-        lr_g: learning rate of the generators, Adam.
+        lr_g: learning rate of the generators, Adam; constant.
         lr_s: learning rate of students from scratch, SGD with Nesterov's momentum 0.9, to zero along a cosine. Their
             decay of 5e-4 is an assumption: that of DAFL and DFAD.
         lr: learning rate of quantized students, to zero along a cosine.

@@ -152,7 +152,7 @@ def descend(optimizer: Optimizer, loss: Tensor) -> None:
 
 
 def check_settings(settings: Any, **rules: tuple[float, float]) -> None:
-    """Raise InputError for the first field of a settings dataclass outside its (smallest, largest) value.
+    """Raise InputError for the first field of a settings dataclass outside its (smallest, largest) value, or infinite.
 
     A field declared ``int`` must be whole, one declared ``bool`` True or False and one declared ``Literal`` one of its
     words, with or without a rule.
@@ -168,6 +168,8 @@ def check_settings(settings: Any, **rules: tuple[float, float]) -> None:
             continue
         low, high = rules.get(item.name, (-math.inf, math.inf))
         kinds, kind = (int, "a whole number") if item.type is int else (int | float, "a number")
+        if isinstance(value, float) and math.isinf(value):
+            raise InputError(f"{item.name}={value!r} must be finite")
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
             bound = f" from {low} to {high}" if high < math.inf else f" of at least {low}" if low > -math.inf else ""
             raise InputError(f"{item.name}={value!r} must be {kind}{bound}")

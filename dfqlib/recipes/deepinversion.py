@@ -42,7 +42,7 @@ class Settings:
     """Settings of (Adaptive) DeepInversion; those of synthesis are the paper's for CIFAR-10.
 
     ``budget="quick"`` deviates so that minutes suffice: two rounds of 128 images and 150 steps on their pixels, at a
-    learning rate of 0.1 that falls to zero, 200 steps of fine-tuning after each, all in bfloat16.
+    learning rate of 0.1 that falls to zero, 200 steps of fine-tuning (300 of distillation) after each, all in bfloat16.
 
     Attributes:
         rounds: 1 is DeepInversion; with more, all but the first are Adaptive.

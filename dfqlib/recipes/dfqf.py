@@ -14,10 +14,10 @@ S minimizes ``KL(T(x) || S(x))`` on the same images (Eq. 2).
 3. *Fine-tuning.* S is T quantized; weights and steps (Eq. 11) follow Eq. 2, the steps at a tenth of the learning rate
    without momentum and decay. G is fixed ("FG" in the tables) or goes on as the adversary of the quantized S.
 
-Where the released code differs: it never implemented the second; the lower bound is 0.5, G's learning rate 0.005, an
-epoch 120 batches, fine-tuning batches 128 images; the student is left in training mode, so that its BatchNorm
-statistics drift to the generated images (``student_bn="train"``); the best epoch on the test set is reported, here the
-last.
+Where the released code differs: it never implemented the adversary of fine-tuning; the lower bound is 0.5, G's learning
+rate 0.005, an epoch 120 batches, fine-tuning batches 128 images; the student is left in training mode, so that its
+BatchNorm statistics drift to the generated images (``student_bn="train"``); the best epoch on the test set is reported,
+here the last.
 
 Taught in notebook 06, its distillation in notebook 05.
 """

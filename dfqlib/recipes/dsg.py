@@ -41,7 +41,7 @@ class Settings:
     """Settings of DSG; synthesis is ZeroQ's, as in the paper.
 
     ``budget="quick"`` deviates so that minutes suffice: 300 iterations on the pixels of 192
-    images, 300 of fine-tuning or 200 for the rounding of each layer.
+    images, 300 of fine-tuning or 200 for the rounding of each layer, all but the rounding in bfloat16.
 
     Attributes:
         images: synthetic images.
@@ -101,6 +101,12 @@ BUDGETS = {
     "quick": Settings(images=192, iterations=300, rounding_steps=200, steps=300, bf16=True),
     "published": Settings(),
 }
+
+
+def check(spec: QuantSpec, settings: Settings) -> None:
+    """Refuse widths that the rounding cannot work with, before any image is made."""
+    if settings.then == "adaround":
+        rounding.require_steps(spec)
 
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:

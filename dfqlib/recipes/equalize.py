@@ -48,7 +48,7 @@ class Settings:
             after AdaRound, whose reconstruction has taken the mean error away with the rest.
         bias_bits: width of biases, 16 or 32.
         rounding: "nearest" or "adaround", which wants ``synthesis_steps``: noise tells it little about the network.
-        rounding_steps: AdaRound's steps per layer.
+        rounding_steps: AdaRound's steps per layer; 10,000 in its paper.
         images: how many there are, to measure what statistics do not tell, for AdaRound and for export.
         synthesis_steps: 0 leaves them Gaussian noise; more optimize them to the BatchNorm statistics as express does.
     """
@@ -73,7 +73,16 @@ class Settings:
         )  # fmt: skip
 
 
-BUDGETS = {"quick": Settings(), "published": Settings(absorb="all", relu6="replace", clip="max", deviations=6.0)}
+BUDGETS = {
+    "quick": Settings(),
+    "published": Settings(absorb="all", relu6="replace", clip="max", deviations=6.0, rounding_steps=10_000),
+}
+
+
+def check(spec: QuantSpec, settings: Settings) -> None:
+    """Refuse widths that the rounding cannot work with, before any work."""
+    if settings.rounding == "adaround":
+        rounding.require_steps(spec)
 
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:

@@ -115,8 +115,12 @@ class Settings:
                 f"student_label_weight={self.student_label_weight} teaches Q labels that label_weight=0 keeps out of "
                 "the images; set both to 0, or neither"
             )
-        if self.stop_at is not None and not (self.label_weight > 0 and 0 < self.stop_at <= 1):
-            raise InputError(f"stop_at={self.stop_at!r} must be a share from 0 to 1, and needs label_weight above 0")
+        if self.stop_at is not None:
+            known = isinstance(self.stop_at, int | float) and not isinstance(self.stop_at, bool)
+            if not known or not (self.label_weight > 0 and 0 < self.stop_at <= 1):
+                raise InputError(
+                    f"stop_at={self.stop_at!r} must be a share from 0 to 1, and needs label_weight above 0"
+                )
 
     @property
     def warm_up_steps(self) -> int:
