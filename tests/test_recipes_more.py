@@ -346,6 +346,17 @@ def test_akd_warm_up_moves_the_generators_by_the_prior_alone(task: Task) -> None
     assert rows[-1]["generator"] < rows[0]["generator"]
 
 
+@pytest.mark.parametrize(("schedule", "ends"), [("cosine", 0.0), ("constant", 1e-3)])
+def test_akd_generators_rate_falls_while_students_compete(task: Task, schedule: str, ends: float) -> None:
+    settings = akd.Settings(**{**SHORT["akd"], "schedule_g": schedule})
+    generators = akd.make_generators(task, settings)
+    akd.warm_up(task, generators, settings)
+    assert generators[0].optimizer.param_groups[0]["lr"] == 1e-3
+    student = _duel.from_scratch(Plain(), 0.05, "cosine", settings.student_moves, ())
+    akd.compete(task, "distillation", generators, [student], settings)
+    assert generators[0].optimizer.param_groups[0]["lr"] == pytest.approx(ends, abs=1e-9)
+
+
 def test_akd_rate_of_students_from_scratch_carries_a_quantized_students_step_below_zero(teacher: nn.Module) -> None:
     """Why ``lr`` is 0.001 where the paper's only rate is 0.1: see the recipe's docstring."""
     settings = {"epochs": 1, "iterations": 10, "batch": 16, "student_steps": 10, "latent": 16, "budget": "published"}

@@ -32,7 +32,7 @@ import copy
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -42,7 +42,17 @@ from dfqlib import losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.generators import AkdGenerator
-from dfqlib.recipes._duel import Answers, Player, Rules, from_scratch, play, quantized, reinitialized, trained_by_adam
+from dfqlib.recipes._duel import (
+    Answers,
+    Player,
+    Rules,
+    decayed,
+    from_scratch,
+    play,
+    quantized,
+    reinitialized,
+    trained_by_adam,
+)
 from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
 from dfqlib.spec import QuantSpec
 
@@ -60,7 +70,8 @@ class Settings:
 
     ``budget="quick"`` deviates so that minutes suffice: an epoch of warm-up, 100 moves of the
     generators, and 3 of distillation, each 10 moves of the generators and 100 of the students, all of 64 images;
-    students from scratch learn at 0.05 and quantized ones by Adam at 5e-4; thresholds have no lower bound; bfloat16.
+    students from scratch learn at 0.05 and quantized ones by Adam at 5e-4; the generators' rate is constant; thresholds
+    have no lower bound; bfloat16.
 
     Attributes:
         generators: G, how many; students: S, how many.
@@ -71,7 +82,8 @@ class Settings:
         epochs: of adversarial distillation, ``iterations`` moves of each student.
         iterations: see above; a multiple of ``student_steps``.
         batch: images of each generator for a move.
-        lr_g: learning rate of the generators, Adam; constant.
+        lr_g: learning rate of the generators, Adam.
+        schedule_g: of that rate once students compete: to zero along a "cosine", the paper's, or "constant".
         lr_s: learning rate of students from scratch, SGD with Nesterov's momentum 0.9, to zero along a cosine. Their
             decay of 5e-4 is an assumption: that of DAFL and DFAD.
         lr: learning rate of quantized students, to zero along a cosine.
@@ -91,6 +103,7 @@ class Settings:
     iterations: int = 400
     batch: int = 256
     lr_g: float = 1e-3
+    schedule_g: Literal["cosine", "constant"] = "cosine"
     lr_s: float = 0.1
     lr: float = 1e-3
     step_lr: float = 0.1
@@ -124,8 +137,8 @@ class Settings:
 
 BUDGETS = {
     "quick": Settings(
-        warm_up_epochs=1, epochs=3, iterations=100, batch=64, lr_s=0.05, lr=5e-4, lower_bound=0.0, optimizer="adam",
-        bf16=True,
+        warm_up_epochs=1, epochs=3, iterations=100, batch=64, schedule_g="constant", lr_s=0.05, lr=5e-4,
+        lower_bound=0.0, optimizer="adam", bf16=True,
     ),
     "published": Settings(),
 }  # fmt: skip
@@ -191,8 +204,11 @@ def compete(
         return losses.akd_generator_loss(target, answers(), probe, settings.alpha)
 
     rules = Rules(settings.batch, generator_loss, losses.distillation_loss, settings.student_steps, settings.bf16)
+    rounds = settings.student_moves // settings.student_steps
+    if settings.schedule_g == "cosine":
+        generators = [replace(g, schedule=decayed(g.optimizer, "cosine", rounds, ())) for g in generators]
     with BatchNormProbe(task.teacher) as probe:
-        play(task, phase, settings.student_moves // settings.student_steps, generators, students, rules)
+        play(task, phase, rounds, generators, students, rules)
 
 
 def images_of(generators: Sequence[Player[AkdGenerator]]) -> Tensor:
