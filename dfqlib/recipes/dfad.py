@@ -51,7 +51,7 @@ class Settings:
     """Settings of DFAD; the defaults are the authors' for CIFAR-10.
 
     ``budget="quick"`` deviates so that minutes suffice: 3 epochs of warm-up, 4 of fine-tuning and 8 of distillation,
-    each 20 moves of G and five times as many of S, of 48 images; G learns at 3e-4, fine-tuning takes Adam at 5e-4, the
+    each 20 moves of G and five times as many of S, of 48 images; G learns at 3e-4, fine-tuning takes Adam at 1e-4, the
     students' rates fall to zero along a cosine, thresholds have no lower bound, and all is computed in bfloat16.
 
     Attributes:
@@ -100,7 +100,7 @@ class Settings:
 
 BUDGETS = {
     "quick": Settings(
-        distill_epochs=8, warm_up_epochs=3, epochs=4, iterations=20, batch=48, lr_g=3e-4, lr=5e-4, lower_bound=0.0,
+        distill_epochs=8, warm_up_epochs=3, epochs=4, iterations=20, batch=48, lr_g=3e-4, lr=1e-4, lower_bound=0.0,
         optimizer="adam", schedule="cosine", bf16=True,
     ),
     "published": Settings(),
