@@ -44,9 +44,9 @@ class Settings:
     """Settings of DAFL; the defaults are the paper's for CIFAR-10.
 
     ``budget="quick"`` deviates so that minutes suffice: 5 epochs of warm-up, 9 of fine-tuning and 16 of distillation,
-    each 25 iterations of 64 images; G learns at 0.005, fine-tuning takes Adam at 1e-4 (so young a G draws images far from
-    the data, on which a faster student unlearns it), the students' rates fall to zero along a cosine, thresholds have
-    no lower bound, and all is computed in bfloat16.
+    each 25 iterations of 64 images; G learns at 0.005, fine-tuning takes Adam at 1e-4 (so young a G draws images far
+    from the data, on which a faster student unlearns it), the students' rates fall to zero along a cosine, thresholds
+    have no lower bound, and all is computed in bfloat16.
 
     Attributes:
         one_hot_weight: of certainty in G's loss.
