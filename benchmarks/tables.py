@@ -152,8 +152,8 @@ def export() -> str:
     """One row per widths and container of results/export.json, over its seeds."""
     content = _content("export", "deploy.py")
     lines = [
-        "| network | bits | container | file = simulation | FP32 | file | size | batch 1 | batch 64 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| network | bits | container | file = simulation | FP32 | in PyTorch | file | size | batch 1 | batch 64 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in content["runs"]:
@@ -162,12 +162,11 @@ def export() -> str:
                 groups.setdefault((run["bits"], container), []).append({**run, **run[container]})
     for (bits, container), runs in groups.items():
         agreement = min(min(run["agreement_test_images"], run["agreement_random_images"]) for run in runs)
-        top1 = [run["file_top1"] for run in runs]
-        spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+        top1 = [_mean([run[key] for run in runs]) for key in ("model_top1", "file_top1")]
         tuned = f"fine-tuned, {len(runs)} seeds" if runs[0]["fine_tuned"] else "calibrated only"
         size = runs[0]["fp32_bytes"] / runs[0]["file_bytes"]
         cells = [content["network"], f"{bits.upper()}, {tuned}", container, f"{agreement:.1f} %"]
-        cells += [f"{runs[0]['fp32_top1']:.2f}", f"{statistics.mean(top1):.2f}{spread}", f"1/{size:.1f}"]
+        cells += [f"{runs[0]['fp32_top1']:.2f}", *top1, f"1/{size:.1f}"]
         cells += [_speedups(runs, batch) for batch in ("1", "64")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -215,6 +214,12 @@ def _threads(name: str) -> str:
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def _mean(values: list[float]) -> str:
+    """Mean ± standard deviation, or the single value."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
 
 
 def _speedups(runs: list[dict[str, Any]], batch: str) -> str:
