@@ -34,6 +34,7 @@ ROWS = {
     ("express", ""): "`express`, ours",
     ("gdfq", ""): "`gdfq`",
     ("dfqf", ""): "`dfqf`",
+    ("dfqf", "longer"): "`dfqf`, warm-up 5 times as long, steps 2.5 times, slower",
     ("akd", ""): "`akd`",
     ("deepinversion", ""): "`deepinversion`",
     ("dafl", ""): "`dafl`",
