@@ -201,9 +201,7 @@ def test_claims_are_asserted(path):
 def test_exercises_are_open_in_the_lesson_and_right_in_its_solutions(path):
     printed = "".join(output.get("text", "") for cell in code_cells(path) for output in cell.outputs)
     expected = "right" if path.parent.name == "solutions" else "no answer yet"
-    assert re.findall(r"^exercise (\d): (.*)$", printed, re.MULTILINE) == [
-        (number, expected) for number in "123"
-    ]
+    assert re.findall(r"^exercise (\d): (.*)$", printed, re.MULTILINE) == [(number, expected) for number in "123"]
 
 
 @pytest.mark.parametrize("path", TAUGHT)
