@@ -64,7 +64,8 @@ def from_noise(
         first_batch: number of the first batch: a run that makes images again goes on counting, for other noise.
         augment: random change of the images before the teacher sees them, such as ``shift_and_flip``.
         bf16: run the teacher in bfloat16 where the processor has it: about twice as fast.
-        plateau: end a batch early where its loss falls by less than this share in ``PLATEAU`` steps; 0 never does.
+        plateau: end a batch early, in the last quarter of its steps, where its loss falls by less than this share in
+            ``PLATEAU`` of them; 0 never does.
 
     Returns:
         Images in the teacher's normalized space, shape (N, channels, height, width).
@@ -88,14 +89,19 @@ def from_noise(
                     return objective(images, teacher(images), probe, part)
 
             state: dict[str, Stateful] = {"images": canvas, "optimizer": adjust, "schedule": schedule}
-            stop = partial(_is_flat, plateau) if plateau else None
+            stop = partial(_is_flat, plateau, steps) if plateau else None
             session.loop(phase, steps, partial(_descend, losses, adjust, schedule), state, finished=stop)
         made.append(canvas.pixels.detach())
     return torch.cat(made)
 
 
-def _is_flat(share: float, rows: list[dict[str, Any]]) -> bool:
-    """Whether the loss's mean over the last ``PLATEAU`` steps is hardly below that of as many steps before."""
+def _is_flat(share: float, steps: int, rows: list[dict[str, Any]]) -> bool:
+    """Whether the loss's mean over the last ``PLATEAU`` steps is hardly below that of as many steps before.
+
+    In the last quarter only: before, while the learning rate is high, a loss that rests may fall again.
+    """
+    if rows[-1]["step"] < 0.75 * steps:
+        return False
     looks = PLATEAU // LOOK_EVERY
     values = [row["loss"] for row in rows]
     return len(values) >= 2 * looks and sum(values[-looks:]) > (1 - share) * sum(values[-2 * looks : -looks])

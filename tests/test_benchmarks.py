@@ -152,7 +152,7 @@ def test_cases_whose_data_is_missing_are_left_out_and_refused_when_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = accuracy.parse(["--data", str(tmp_path)])
-    assert args.case == ["digits_w2a2", "digits_w2a2_short"]
+    assert args.case == ["digits_w2a2", "digits_w3a3", "digits_w2a2_short"]
     assert "cifar10_w4a4: left out, there is no " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         accuracy.parse(["--data", str(tmp_path), "--case", "digits_w2a2", "cifar10_w4a4"])

@@ -71,7 +71,9 @@ def test_the_history_follows_each_phase_and_its_losses_fall(two_bits: Report) ->
     quick = express.BUDGETS["quick"]
     for phase, steps in (("synthesis", quick.synthesis_steps), ("fine-tuning", quick.steps)):
         rows = [row for row in two_bits.history if row["phase"] == phase]
-        assert [row["step"] for row in rows] == list(range(10, steps + 1, 10))
+        last = rows[-1]["step"]
+        assert [row["step"] for row in rows] == list(range(10, last + 1, 10))
+        assert last == steps if phase == "fine-tuning" else last > 0.75 * steps  # synthesis may end on its plateau
         assert rows[-1]["loss"] < rows[0]["loss"] / 3
     assert all(math.isfinite(value) for row in two_bits.history for value in row.values() if isinstance(value, float))
 

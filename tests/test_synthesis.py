@@ -93,8 +93,9 @@ def test_a_batch_ends_where_its_loss_no_longer_falls_and_the_next_one_begins() -
         return list(last.values())
 
     assert steps_taken(0.0) == [100, 100]
-    assert steps_taken(0.01) == [80, 40]  # the second batch starts on the plateau
-    assert steps_taken(0.5) == [40, 40]
+    assert steps_taken(0.01) == [80, 80]  # the second batch starts on the plateau, and does not end there
+    assert steps_taken(0.5) == [80, 80]
+    assert steps_taken(1e-9) == [80, 80]
 
 
 def test_shift_and_flip_moves_pixels_and_loses_none() -> None:

@@ -27,7 +27,8 @@ class Settings:
         images: how many to make, or the images themselves, (N, C, H, W), normalized like the data.
         clip: how thresholds are found, one of ``clipping.METHODS``.
         synthesis_steps: Adam steps on the pixels, at a cosine-decayed ``synthesis_lr``.
-        plateau: synthesis ends early where its loss falls by less than this share in 20 steps; 0 takes all steps.
+        plateau: synthesis ends early, in its last quarter, where its loss falls by less than this share in 20 steps; 0
+            takes all steps.
         label_weight: weight of the label cross-entropy beside the BatchNorm loss.
         shift: largest random shift in pixels; flip: random mirroring.
         bf16: compute in bfloat16 where the processor has it; ranges are always set in float32.

@@ -43,7 +43,8 @@ class Settings:
     Attributes:
         images: synthetic images, optimized in one batch (in two with ``adaptability``).
         synthesis_steps: Adam steps on the pixels, at a cosine-decayed ``synthesis_lr``.
-        plateau: synthesis ends early where its loss falls by less than this share in 20 steps; 0 takes all steps.
+        plateau: synthesis ends early, in its last quarter, where its loss falls by less than this share in 20 steps; 0
+            takes all steps.
         label_weight: weight of the label cross-entropy beside the BatchNorm loss.
         shift: largest random shift in pixels; flip: random mirroring; both in synthesis and in fine-tuning.
         steps: fine-tuning steps of ``batch`` images; 0 leaves the network calibrated.
