@@ -34,7 +34,7 @@ ROWS = {
     ("express", ""): "`express`, ours",
     ("gdfq", ""): "`gdfq`",
     ("dfqf", ""): "`dfqf`",
-    ("dfqf", "longer"): "`dfqf`, warm-up 5 times as long, steps 2.5 times, slower",
+    ("dfqf", "longer"): "`dfqf` longer: 5 times the warm-up, 2.5 times the steps",
     ("akd", ""): "`akd`",
     ("deepinversion", ""): "`deepinversion`",
     ("dafl", ""): "`dafl`",
