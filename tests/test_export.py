@@ -189,10 +189,42 @@ def test_four_bits_are_a_sixth_of_the_file(tmp_path: Path) -> None:
     check = verify_export(network, small, images)
     assert check.float_bytes is not None
     assert check.file_bytes <= check.float_bytes / 6.5
-    assert check.operations["QLinearConv"] == 19
+    assert check.operations["QLinearConv"] == 19 + 2  # and the two shortcuts
+    assert not {"Slice", "Pad"} & set(check.operations)
     assert check.all_integer
     assert check.speedup(FLOAT_TORCH, 1) > 3  # 9 on a processor with VNNI
     assert check.file_top1 is None
+
+
+@pytest.mark.parametrize(
+    ("pixels", "amounts", "fused"),
+    [
+        ((slice(None, None, 2), slice(None, None, 3)), (0, 0, 0, 0, 1, 2), True),
+        ((slice(None, 6), slice(None, None, 2)), (0, 0, 0, 0, 1, 2), False),
+        ((slice(2, None, 2), slice(None, None, 2)), (0, 0, 0, 0, 1, 2), False),
+        ((slice(None, None, 2), slice(None, None, 2)), (0, 1, 0, 0, 1, 2), False),
+        ((slice(None, None, 2), slice(None, None, 2)), (0, 1), False),
+    ],
+)
+def test_every_second_pixel_with_channels_of_zeros_is_one_kernel(
+    pixels: tuple[slice, slice], amounts: tuple[int, ...], fused: bool, tmp_path: Path
+) -> None:
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 4, 1), nn.LazyLinear(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x).relu()
+            return self.head(F.pad(x[(slice(None), slice(None), *pixels)], amounts).flatten(1))
+
+    model = Shortcut().eval()
+    model(torch.zeros(1, 3, 8, 8))
+    network = quantized(model, (3, 8, 8), edge_bits=4)
+    images = torch.randn(50, 3, 8, 8)
+    found, operations = logits_of_file(export_onnx(network, tmp_path / "net.onnx", (3, 8, 8)), images)
+    assert torch.equal(found, predict(integer_network(network, (3, 8, 8)), images))
+    assert (operations["QLinearConv"], operations.get("Slice", 0)) == ((2, 0) if fused else (1, 1))
 
 
 def test_packed_codes_are_the_codes(tmp_path: Path) -> None:

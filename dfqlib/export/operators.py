@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dfqlib import graph
 from dfqlib.errors import InputError
+from dfqlib.export.shortcut import sampled_and_padded, write_shortcut
 from dfqlib.export.writer import INPUT, OPSETS, OUTPUT, FloatWriter, Shapes, Writer
 from dfqlib.integer.codes import pair
 from dfqlib.integer.layer import IntegerLayer
@@ -113,7 +114,7 @@ def _last_convolution(writer: Writer, node: fx.Node, layer: IntegerLayer) -> Non
     source, name = _source(node), node.name
     grid = writer.grids[source]
     codes, bias, steps = layer.integers()
-    inputs = [writer.names[source], writer.weight(node, layer, codes), writer.bound(0, grid)]
+    inputs = [writer.names[source], writer.weight(f"{name}_weight", codes, layer.bits), writer.bound(0, grid)]
     product = writer.add("ConvInteger", inputs, f"{name}_product", **_convolution(layer))
     whole, scale = (values.view(-1, 1, 1) for values in (bias, grid.step * steps))
     total = writer.add("Add", [product, writer.constant(f"{name}_bias", whole, "int32")], f"{name}_sum")
@@ -195,6 +196,8 @@ def _reshape(writer: Writer, node: fx.Node, _: None) -> None:
 
 
 def _slice(writer: Writer, node: fx.Node, _: None) -> None:
+    if sampled_and_padded(writer, node):
+        return  # it is written with its padding
     index, shape = node.args[1], writer.shapes[_source(node).name]
     entries: Any = index if isinstance(index, tuple) else (index,)
     if not all(isinstance(entry, slice) for entry in entries) or entries[0] != slice(None):
@@ -209,6 +212,10 @@ def _slice(writer: Writer, node: fx.Node, _: None) -> None:
 
 def _pad(writer: Writer, node: fx.Node, _: None) -> None:
     source = _source(node)
+    shortcut = sampled_and_padded(writer, source)
+    if shortcut is not None:
+        write_shortcut(writer, node, shortcut)
+        return
     amounts: Any = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
     dims = len(writer.shapes[source.name]) + 1
     before, after = [0] * dims, [0] * dims

@@ -69,7 +69,7 @@ class Writer:
         name = f"{self.names[node]}_real"
         if name not in self._dequantized:
             self._dequantized.add(name)
-            self.add("DequantizeLinear", [self.names[node], *self._grid(node, self.grids[node])], name)
+            self.add("DequantizeLinear", [self.names[node], *self.grid_constants(node, self.grids[node])], name)
         return name
 
     def store(self, node: fx.Node, values: str, grid: StepQuantizer) -> None:
@@ -77,7 +77,7 @@ class Writer:
         low, high = self._bounds(node, grid)
         whole = (low + zero_point(grid), high + zero_point(grid)) == (0, 255)
         name = node.name if whole else f"{node.name}_byte"
-        self.add("QuantizeLinear", [values, *self._grid(node, grid)], name)
+        self.add("QuantizeLinear", [values, *self.grid_constants(node, grid)], name)
         if not whole:
             self.add("Clip", [name, self.bound(low, grid), self.bound(high, grid)], node.name)
         self.keep(node, node.name, grid)
@@ -97,10 +97,9 @@ class Writer:
         if grid is not None:
             self.grids[node] = grid
 
-    def weight(self, node: fx.Node, layer: IntegerLayer, codes: Tensor) -> str:
+    def weight(self, name: str, codes: Any, bits: int) -> str:
         """A layer's codes in int8; packed ones are unpacked as the file is loaded, since kernels read bytes."""
-        name = f"{node.name}_weight"
-        if self.container == "int8" or layer.bits > 4:
+        if self.container == "int8" or bits > 4:
             return self.constant(name, codes, "int8")
         return self.add("Cast", [self.constant(name, codes, "int4")], f"{name}_int8", to=self.onnx.TensorProto.INT8)
 
@@ -110,7 +109,7 @@ class Writer:
         weight_step = self.constant(f"{node.name}_weight_step", steps, "float32")
         bias_step = self.constant(f"{node.name}_bias_step", layer.source.step * steps, "float32")
         pairs = {
-            "weight": [self.weight(node, layer, codes), weight_step],
+            "weight": [self.weight(f"{node.name}_weight", codes, layer.bits), weight_step],
             "bias": [self.constant(f"{node.name}_bias", bias, "int32"), bias_step],
         }
         if not layer.is_convolution:  # ONNX Runtime fuses a matrix product only if told even that this is zero
@@ -133,7 +132,8 @@ class Writer:
         values = self.constant(f"{node.name}_table", entries + zero_point(grid), "uint8")
         self.keep(node, self.add("Gather", [values, index], node.name), grid)
 
-    def _grid(self, node: fx.Node, grid: StepQuantizer) -> list[str]:
+    def grid_constants(self, node: fx.Node, grid: StepQuantizer) -> list[str]:
+        """Step and zero point of ``node``'s codes, the step named after the first node on this grid."""
         name = self._steps.setdefault(grid, f"{node.name}_step")
         return [self.constant(name, grid.step, "float32"), self.bound(0, grid)]
 
