@@ -87,7 +87,10 @@ def real_images(network: str, data: Path) -> Any:
 
     import dfqlib
 
-    known = dfqlib.models.info(network)
-    folder = dfqlib.image_folder(data / "cifar10/train", known.mean, known.std, classes=known.classes)
-    images = torch.cat([images for images, _ in folder])
+    if network == "digits_resnet8":
+        loader = dfqlib.load_data("digits", "train")
+    else:
+        known = dfqlib.models.info(network)
+        loader = dfqlib.image_folder(data / "cifar10/train", known.mean, known.std, classes=known.classes)
+    images = torch.cat([images for images, _ in loader])
     return images[torch.linspace(0, len(images) - 1, REAL_IMAGES).long()]
