@@ -1,8 +1,8 @@
 """Write the README's tables from results/*.json; ``--check`` only says whether they are up to date.
 
 A table stands between ``<!-- results: NAME -->`` and ``<!-- end -->`` and is replaced whole. NAME is "recipes",
-"digits", "ideas", "export", "speed" or "targets", or a recipe for its cases. A table whose results file is not there
-stops the program with the command that measures it.
+"digits", "ideas", "search", "export", "speed" or "targets", or a recipe for its cases. A table whose results file is
+not there stops the program with the command that measures it.
 """
 
 import argparse
@@ -12,7 +12,9 @@ import statistics
 import sys
 from typing import Any
 
+from cases import CASES
 from harness import ROOT, against
+from search import gains
 
 NETWORKS = {
     "digits_resnet8": "ResNet-8, digits",
@@ -61,27 +63,29 @@ def _spread(summary: dict[str, Any], key: str) -> str:
 def accuracy(recipe: str) -> str:
     """One row per case of results/accuracy_<recipe>.json."""
     cases = _content(f"accuracy_{recipe}", f"accuracy.py --recipe {recipe}")["cases"]
-    lines = [
-        "| network | bits | protocol | FP32 | calibrated only | fine-tuned | difference | seconds | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for entry in cases.values():
-        if entry.get("variant"):
-            continue
+    head = ["network", "protocol", "bits", "budget", "seeds", "calibrated only", "fine-tuned", "difference"]
+    rows = []
+    for entry in sorted((entry for entry in cases.values() if not entry.get("variant")), key=_place):
         case, summary = entry["case"], entry["summary"]
-        cells = [
-            f"{NETWORKS[case['network']]}, {summary['images']:,} images",
-            case["bits"].upper(),
+        rows.append([
+            f"{NETWORKS[case['network']]}: {summary['teacher_top1']:.2f} of {summary['images']:,} images",
             case["protocol"],
-            f"{summary['teacher_top1']:.2f}",
+            case["bits"].upper(),
+            entry["budget"],
+            str(len(summary["seeds"])),
             _spread(summary, "calibrated_top1"),
             f"**{_spread(summary, 'top1')}**",
             _spread(summary, "difference"),
-            f"{summary['seconds']:.0f}",
+            f"{summary['cpu_seconds']:.0f}",
             f"{summary['peak_gb']:.2f} GB",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        ])  # fmt: skip
+    return _table([*head, "CPU seconds", "peak memory"], rows)
+
+
+def _place(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a case stands in its recipe's table: by network, protocol, widths, budget."""
+    case = entry["case"]
+    return list(NETWORKS).index(case["network"]), case["protocol"], -int(case["bits"][1]), entry["budget"] != "quick"
 
 
 def recipes() -> str:
@@ -127,9 +131,8 @@ def ideas() -> str:
                 continue
             plain = {run["settings"]["seed"]: run["top1"] for run in cases.get(case, {"runs": []})["runs"]}
             runs = cases[f"{case}:{variant}"]["runs"]
-            gains = [run["top1"] - plain[seed] for run in runs if (seed := run["settings"]["seed"]) in plain]
-            spread = f"± {statistics.stdev(gains):.2f}" if len(gains) > 1 else "(one run)"
-            cells.append(f"{statistics.mean(gains):+.2f} {spread}" if gains else "")
+            gained = [run["top1"] - plain[seed] for run in runs if (seed := run["settings"]["seed"]) in plain]
+            cells.append(_signed(gained) if gained else "")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -147,6 +150,24 @@ def _content(name: str, command: str) -> dict[str, Any]:
         raise SystemExit(f"results/{name}.json is not there: python benchmarks/{command} measures it")
     content: dict[str, Any] = json.loads(path.read_text())
     return content
+
+
+def search() -> str:
+    """One row per variant of results/search.json: points gained over the quick budget, paired by seed."""
+    rows = _content("search", "search.py")["runs"]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    names = [f"{NETWORKS[CASES[case].network]}, {CASES[case].bits.upper()}, {CASES[case].protocol}" for case in cases]
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in rows if row["variant"]):
+        paired = {case: gains(rows, case, variant) for case in cases}
+        cells = [_signed(values) if values else "" for values in paired.values()]
+        lines.append([f"`{variant}`", *cells])
+    return _table(["instead of quick's", *names], lines)
+
+
+def _signed(values: list[float]) -> str:
+    spread = f"± {statistics.stdev(values):.2f}" if len(values) > 1 else "(one run)"
+    return f"{statistics.mean(values):+.2f} {spread}"
 
 
 def export() -> str:
@@ -236,8 +257,7 @@ def _speedups(runs: list[dict[str, Any]], batch: str) -> str:
 
 def written(text: str) -> str:
     """The README's text with every table made anew."""
-
-    made = {"export": export, "recipes": recipes, "digits": digits, "ideas": ideas, "speed": speed, "targets": targets}
+    made = {each.__name__: each for each in (recipes, digits, ideas, search, export, speed, targets)}
 
     def table(match: re.Match[str]) -> str:
         name = match[1]

@@ -198,6 +198,24 @@ def test_alignment_brings_the_attention_closer(task: Task) -> None:
     assert distance(1000.0) < distance(0.0)
 
 
+# Batches
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(256, [13]), (6, [5, 5, 3]), (12, [7, 6])])
+def test_images_are_made_in_even_batches_of_at_most_that_many(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch, batch: int, sizes: list[int]
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(
+        synthesis,
+        "shift_and_flip",
+        lambda images, shift, flip: seen.append(len(images)) or images,  # type: ignore[func-returns-value]
+    )
+    report = run(teacher, images=13, synthesis_batch=batch, synthesis_steps=1, steps=0)
+    assert seen == sizes
+    assert len(report.images) == 13
+
+
 # Adaptability
 
 

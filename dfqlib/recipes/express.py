@@ -41,7 +41,8 @@ class Settings:
     """Settings of express; what is 0 by default from ``superposed`` on is a later paper's idea, switched off.
 
     Attributes:
-        images: synthetic images, optimized in one batch (in two with ``adaptability``).
+        images: synthetic images.
+        synthesis_batch: how many of them at most are optimized together; BatchNorm statistics are matched over them.
         synthesis_steps: Adam steps on the pixels, at a cosine-decayed ``synthesis_lr``.
         plateau: synthesis ends early, in its last quarter, where its loss falls by less than this share in 20 steps; 0
             takes all steps.
@@ -73,6 +74,7 @@ class Settings:
     """
 
     images: int = 256
+    synthesis_batch: int = 256
     synthesis_steps: int = 200
     synthesis_lr: float = 0.1
     plateau: float = 0.01
@@ -99,9 +101,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_settings(
-            self, images=(2, math.inf), synthesis_steps=(1, math.inf), synthesis_lr=(0, math.inf),
-            plateau=(0, 1), label_weight=(0, math.inf), superposed=(0, 1), hard_samples=(0, math.inf),
-            adaptability=(0, math.inf), low_pass=(0, math.inf), selective_labels=(0, 1),
+            self, images=(2, math.inf), synthesis_batch=(2, math.inf), synthesis_steps=(1, math.inf),
+            synthesis_lr=(0, math.inf), plateau=(0, 1), label_weight=(0, math.inf), superposed=(0, 1),
+            hard_samples=(0, math.inf), adaptability=(0, math.inf), low_pass=(0, math.inf), selective_labels=(0, 1),
             student_label_weight=(0, math.inf), **_tuning.QUANTIZED_RULES,
         )  # fmt: skip
         if self.label_weight == self.hard_samples == 0 and (self.superposed or self.selective_labels):
@@ -159,12 +161,13 @@ def synthesize(task: Task, settings: Settings, rival: nn.Module | None = None) -
     labels = wanted_labels(task, settings)
     if settings.adaptability:
         labels = labels[settings.images // 2 :] if rival is not None else labels[: settings.images // 2]
+    batches = math.ceil(len(labels) / settings.synthesis_batch)
     augment = partial(synthesis.shift_and_flip, shift=settings.shift, flip=settings.flip)
     images = synthesis.from_noise(
         task.teacher, labels, task.image_shape, objective,
         synthesis.adam(settings.synthesis_lr, settings.synthesis_steps), settings.synthesis_steps,
-        task.session, batch=settings.images, first_batch=int(rival is not None), augment=augment, bf16=settings.bf16,
-        plateau=settings.plateau,
+        task.session, batch=math.ceil(len(labels) / batches), first_batch=0 if rival is None else batches,
+        augment=augment, bf16=settings.bf16, plateau=settings.plateau,
     )  # fmt: skip
     return _additions.low_pass(images, settings.low_pass) if settings.low_pass else images
 
