@@ -117,8 +117,8 @@ class Settings:
         _tuning.check_acting(self, "perturbation", "alignment", "selective_labels")
 
 
-BUDGETS = {"quick": Settings(), "published": Settings(images=1024, synthesis_steps=500, steps=4000)}
-"""No paper is behind "published": it is four times the images and ten times the fine-tuning of "quick"."""
+BUDGETS = {"quick": Settings(), "published": Settings(images=512, steps=1200)}
+"""No paper is behind "published": it is what a search (benchmarks/search.py) found to pay within minutes."""
 
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
