@@ -117,7 +117,8 @@ class Session:
         with _held_interrupt() as interrupt, bar:
             try:
                 for index in bar:
-                    pending.append(step(index))
+                    # Without their graphs, which would keep tensors of all the steps since the last look in memory.
+                    pending.append({name: value.detach() for name, value in step(index).items()})
                     done = index + 1
                     if done % LOOK_EVERY == 0 or done == steps or interrupt.is_set():
                         bar.set_postfix(self._look(phase, done, pending))

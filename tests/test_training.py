@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 import threading
+import weakref
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -89,6 +90,31 @@ def test_history_has_the_mean_losses_of_each_look_at_every_phase() -> None:
     assert rows == [("warm-up", 10, 4.5, 2.25), ("warm-up", 20, 14.5, 7.25), ("warm-up", 25, 22.0, 11.0)]
     seconds = [row["seconds"] for row in session.history]
     assert seconds == sorted(seconds)
+
+
+def test_the_graph_of_a_step_is_gone_before_the_next() -> None:
+    class Kept:
+        pass
+
+    kept: list[weakref.ref[Kept]] = []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.kept = Kept()
+            kept.append(weakref.ref(ctx.kept))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return grads[0]
+
+    def step(index: int) -> dict[str, Tensor]:
+        assert all(reference() is None for reference in kept)
+        return {"loss": Node.apply(torch.ones((), requires_grad=True))}
+
+    Session(progress=False).loop("phase", 3, step, {})
+    assert len(kept) == 3
 
 
 def test_a_phase_of_no_steps_does_nothing() -> None:
