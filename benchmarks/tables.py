@@ -36,7 +36,7 @@ ROWS = {
     ("express", ""): "`express`, ours",
     ("gdfq", ""): "`gdfq`",
     ("dfqf", ""): "`dfqf`",
-    ("dfqf", "longer"): "`dfqf` longer: 5 times the warm-up, 2.5 times the steps",
+    ("dfqf", "batch256"): "`dfqf`, batches of 256, twice the warm-up",
     ("akd", ""): "`akd`",
     ("deepinversion", ""): "`deepinversion`",
     ("dafl", ""): "`dafl`",

@@ -59,7 +59,7 @@ class Settings:
         )  # fmt: skip
 
 
-BUDGETS = {"quick": Settings(), "published": Settings(images=1024, synthesis_steps=500)}
+BUDGETS = {"quick": Settings(), "published": Settings(images=512)}
 
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:

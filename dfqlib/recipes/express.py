@@ -1,7 +1,7 @@
 """Express, our own quick path: a few hundred images out of noise, then a short fine-tuning against the teacher.
 
-1. Optimize one batch of noise until each BatchNorm layer sees its stored mean and variance (norms not squared, as
-   in DeepInversion; ``losses.bn_norm_loss``) and the teacher its label, under a random shift and flip.
+1. Optimize a batch of noise until each BatchNorm layer sees its stored mean and variance (norms not squared, as in
+   DeepInversion; ``losses.bn_norm_loss``) and the teacher each image's label, under a random shift and flip.
 2. Quantize the network and set its steps from those images by the MSE criterion.
 3. Fine-tune weights and steps against the teacher's soft outputs, with CutMix of the images, BatchNorm fixed.
 

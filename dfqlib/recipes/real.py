@@ -63,7 +63,7 @@ class Settings:
             _given.check(self.images)
 
 
-BUDGETS = {"quick": Settings(), "published": Settings(calibration_images=1024, steps=4000)}
+BUDGETS = {"quick": Settings(), "published": Settings(calibration_images=512, steps=1200)}
 
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
