@@ -45,7 +45,7 @@ CASES = {
     "cifar10_resnet56_w4a4": Case("cifar10_resnet56", "w4a4"),
     "cifar10_resnet56_w4a4_all": Case("cifar10_resnet56", "w4a4", **_all_layers(4)),
 }
-"""The last three are where nothing is tuned: what was chosen on ResNet-20 is confirmed there."""
+"""On CIFAR-100 and ResNet-56 nothing is tuned: what was chosen on ResNet-20 is confirmed there."""
 
 CHECKPOINTS = {
     "cifar10_resnet20": "resnet20-12fca82f.th",

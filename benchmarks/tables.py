@@ -76,7 +76,7 @@ def accuracy(recipe: str) -> str:
             _spread(summary, "calibrated_top1"),
             f"**{_spread(summary, 'top1')}**",
             _spread(summary, "difference"),
-            f"{summary['cpu_seconds']:.0f}",
+            f"{summary['cpu_seconds']:.0f}" if "cpu_seconds" in summary else "",
             f"{summary['peak_gb']:.2f} GB",
         ])  # fmt: skip
     return _table([*head, "CPU seconds", "peak memory"], rows)
