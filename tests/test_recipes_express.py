@@ -198,6 +198,17 @@ def test_alignment_brings_the_attention_closer(task: Task) -> None:
     assert distance(1000.0) < distance(0.0)
 
 
+# Steps
+
+
+def test_a_step_that_would_change_its_sign_stays_above_a_share_of_its_calibrated_value(teacher: nn.Module) -> None:
+    report = run(teacher, step_lr=100.0)
+    assert report.calibrated is not None
+    before = dict(quantizer.quantizers(report.calibrated))
+    shares = [(each.step / before[name].step).detach().min() for name, each in quantizer.quantizers(report.model)]
+    assert min(shares) == pytest.approx(_tuning.SMALLEST_STEP, rel=1e-5)
+
+
 # Batches
 
 

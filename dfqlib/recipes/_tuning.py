@@ -22,6 +22,8 @@ RULES = {
     "temperature": (1e-3, math.inf), "cutmix": (0, 1), "shift": (0, math.inf),
 }  # fmt: skip
 """Smallest and largest value of the settings below, for ``check_settings``."""
+SMALLEST_STEP = 0.01
+"""How far a learned step may shrink, as a share of what fine-tuning began with."""
 QUANTIZED_RULES = {**RULES, "integer_share": (0, 1), "perturbation": (0, math.inf), "alignment": (0, math.inf)}
 
 
@@ -135,6 +137,7 @@ def fine_tune(
     fixed = isinstance(student, fx.GraphModule) and not student.training
     teacher = task.teacher if watching else quantizer.fused(task.teacher)
     faster = student if watching or not fixed else quantizer.fused(student)
+    floors = step_floors(student)
 
     def loss_of(network: nn.Module, labels: Tensor | None, batch: Tensor) -> Tensor:
         with mixed_precision(task.device, settings.bf16):
@@ -166,6 +169,7 @@ def fine_tune(
         loss = goal(batch)
         descend(optimizer, loss)
         cycle.step()
+        keep_above(floors)
         return {"loss": loss}
 
     state: dict[str, Stateful] = {"student": student, "optimizer": optimizer, "schedule": cycle}
@@ -173,6 +177,23 @@ def fine_tune(
         networks = (task.teacher, student) if additions.alignment else ()
         features = [watched.enter_context(Features(network)) for network in networks]
         task.session.loop(phase, settings.steps, step, state, partial(quantizer.check_steps, student))
+
+
+def step_floors(student: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Each learned step and the smallest it may become.
+
+    Adam moves every number by about its learning rate, however small that number is: the step of a channel that is
+    all but dead would be carried through zero.
+    """
+    found = [each for _, each in quantizer.quantizers(student) if isinstance(each, quantizer.StepQuantizer)]
+    return [(each.step, SMALLEST_STEP * each.step.detach()) for each in found if each.step.requires_grad]
+
+
+@torch.no_grad()
+def keep_above(floors: list[tuple[Tensor, Tensor]]) -> None:
+    """Put steps that have sunk below their floor back onto it."""
+    for step, floor in floors:
+        step.clamp_(min=floor)
 
 
 def peak_lr(lr: float, spec: QuantSpec) -> float:
