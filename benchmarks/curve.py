@@ -52,7 +52,7 @@ def draw(cases: dict[str, Any]) -> bytes:
             linestyle=plots.LINES[index % len(plots.LINES)],
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     devices = " or ".join(dict.fromkeys(entry["device"] for entry in cases.values()))
