@@ -201,12 +201,21 @@ def test_alignment_brings_the_attention_closer(task: Task) -> None:
 # Steps
 
 
-def test_a_step_that_would_change_its_sign_stays_above_a_share_of_its_calibrated_value(teacher: nn.Module) -> None:
-    report = run(teacher, step_lr=100.0)
-    assert report.calibrated is not None
-    before = dict(quantizer.quantizers(report.calibrated))
-    shares = [(each.step / before[name].step).detach().min() for name, each in quantizer.quantizers(report.model)]
-    assert min(shares) == pytest.approx(_tuning.SMALLEST_STEP, rel=1e-5)
+def test_a_channels_step_is_put_back_above_its_floor_and_a_whole_tensors_is_not(teacher: nn.Module, task: Task) -> None:
+    spec = dfqlib.QuantSpec(2, 2, granularity="channel")
+    student = calibrated_student(task, spec, torch.randn(8, *SHAPE))
+    steps = [each.step for _, each in quantizer.quantizers(student) if isinstance(each, quantizer.StepQuantizer)]
+    before = [step.detach().clone() for step in steps]
+    floors = _tuning.step_floors(student)
+    assert {id(step) for step, _ in floors} == {id(step) for step in steps if step.numel() > 1}
+    with torch.no_grad():
+        for step in steps:
+            step.view(-1)[0] = -1e-5  # as Adam may do to a channel that is all but dead
+    _tuning.keep_above(floors)
+    for step, old in zip(steps, before, strict=True):
+        first = float(step.detach().view(-1)[0])
+        assert first == pytest.approx(_tuning.SMALLEST_STEP * float(old.view(-1)[0]) if step.numel() > 1 else -1e-5)
+        assert torch.equal(step.view(-1)[1:], old.view(-1)[1:])
 
 
 # Batches

@@ -23,7 +23,7 @@ RULES = {
 }  # fmt: skip
 """Smallest and largest value of the settings below, for ``check_settings``."""
 SMALLEST_STEP = 0.01
-"""How far a learned step may shrink, as a share of what fine-tuning began with."""
+"""How far a channel's learned step may shrink, as a share of what fine-tuning began with."""
 QUANTIZED_RULES = {**RULES, "integer_share": (0, 1), "perturbation": (0, math.inf), "alignment": (0, math.inf)}
 
 
@@ -180,13 +180,14 @@ def fine_tune(
 
 
 def step_floors(student: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Each learned step and the smallest it may become.
+    """The learned steps of quantizers with one per channel, and the smallest that each may become.
 
     Adam moves every number by about its learning rate, however small that number is: the step of a channel that is
-    all but dead would be carried through zero.
+    all but dead would be carried through zero. A whole tensor's step that gets there is a learning rate too high.
     """
     found = [each for _, each in quantizer.quantizers(student) if isinstance(each, quantizer.StepQuantizer)]
-    return [(each.step, SMALLEST_STEP * each.step.detach()) for each in found if each.step.requires_grad]
+    learned = [each.step for each in found if each.step.requires_grad and each.step.numel() > 1]
+    return [(step, SMALLEST_STEP * step.detach()) for step in learned]
 
 
 @torch.no_grad()
