@@ -63,7 +63,7 @@ def _spread(summary: dict[str, Any], key: str) -> str:
 def accuracy(recipe: str) -> str:
     """One row per case of results/accuracy_<recipe>.json."""
     cases = _content(f"accuracy_{recipe}", f"accuracy.py --recipe {recipe}")["cases"]
-    head = ["network", "protocol", "bits", "budget", "seeds", "calibrated only", "fine-tuned", "difference"]
+    head = ["network: FP32 top-1", "protocol", "bits", "budget", "seeds", "calibrated only", "fine-tuned", "difference"]
     rows = []
     for entry in sorted((entry for entry in cases.values() if not entry.get("variant")), key=_place):
         case, summary = entry["case"], entry["summary"]

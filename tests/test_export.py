@@ -204,6 +204,7 @@ def test_four_bits_are_a_sixth_of_the_file(tmp_path: Path) -> None:
         ((slice(2, None, 2), slice(None, None, 2)), (0, 0, 0, 0, 1, 2), False),
         ((slice(None, None, 2), slice(None, None, 2)), (0, 1, 0, 0, 1, 2), False),
         ((slice(None, None, 2), slice(None, None, 2)), (0, 1), False),
+        ((slice(None, None, 2), slice(None, None, 2)), (0, 0, 0, 0, -1, 2), False),
     ],
 )
 def test_every_second_pixel_with_channels_of_zeros_is_one_kernel(
