@@ -5,8 +5,8 @@
     python benchmarks/search.py --confirm steps=800            # where nothing is chosen: ResNet-56, CIFAR-100
     python benchmarks/search.py --missing                      # go on after an interruption
 
-No figure that is reported elsewhere may take part in a choice: the judge is a quarter of CIFAR-10's lossless training
-images, not its test images, and the seeds are others. The teacher has seen those images, so its lead is larger there.
+No figure that is reported elsewhere may take part in a choice: the judge is CIFAR-10's lossless training images, not
+its test images, and the seeds are others. The teacher has seen those images, so its lead is larger there.
 Images are kept in build/search: a variant that only fine-tunes otherwise gets those of the variant it is compared with
 (as recipe "real", which then does what express does, bit for bit). Rows are kept as they come, in results/search.json.
 """
@@ -26,8 +26,6 @@ from harness import DATA, ROOT, processor, provenance, save
 SEEDS = (100, 101)
 CHOICE = ("cifar10_w3a3", "cifar10_w4a4_all")
 CONFIRMATION = ("cifar10_resnet56_w4a4", "cifar100_w4a4")
-JUDGE = 4
-"""Every so manyth training image takes part."""
 VARIANTS = (
     "steps=200", "steps=800", "steps=1600", "batch=32,steps=800", "lr=1e-4", "lr=4e-4", "step_lr=0.01", "step_lr=1.0",
     "temperature=2.0", "temperature=8.0", "cutmix=0.0", "cutmix=0.5", "shift=4", "images=128", "images=512",
@@ -40,17 +38,12 @@ PATH = ROOT / "results" / "search.json"
 
 def judge(network: str, data: Path) -> Any:
     """Images and labels that decide: training images; where nothing is chosen and there are few, the test's."""
-    import torch
-
     import dfqlib
 
     if not network.startswith("cifar10_"):
         return load(network, data)[1]
     known = dfqlib.models.info(network)
-    folder = dfqlib.image_folder(data / "cifar10/train", known.mean, known.std, classes=known.classes)
-    images, labels = dfqlib.data.images_and_labels(folder)
-    chosen = slice(0, None, JUDGE)
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images[chosen], labels[chosen]), 256)
+    return dfqlib.image_folder(data / "cifar10/train", known.mean, known.std, classes=known.classes)
 
 
 def changes_of(variant: str) -> dict[str, Any]:
@@ -141,7 +134,7 @@ def main() -> int:
         for row in pool.map(measure, *zip(*jobs, strict=True), [args.data] * len(jobs)) if jobs else []:
             rows = [r for r in rows if any(r[key] != row[key] for key in ("case", "variant", "seed"))] + [row]
             content = {"command": "python benchmarks/search.py", **provenance(f"CPU, 1 thread of {processor()}")}
-            save(PATH, {**content, "judge": f"every {JUDGE}th lossless training image of CIFAR-10", "runs": rows})
+            save(PATH, {**content, "judge": "the lossless training images of CIFAR-10", "runs": rows})
             gain = gains(rows, row["case"], row["variant"])
             mean = f"{statistics.mean(gain):+.2f}" if gain else ""
             print(f"{row['case']:22s} {row['variant']:22s} {row['difference']:+.2f}  gain {mean}", flush=True)

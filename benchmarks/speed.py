@@ -31,6 +31,7 @@ TABLES: dict[str, dict[str, Callable[..., Step]]] = {
     "fine-tuning": {
         FLOAT: float_training,
         "FP32 training, bf16": functools.partial(float_training, bf16=True),
+        "FP32 training, bf16, compiled": functools.partial(float_training, bf16=True, compiled=True),
         NAIVE: functools.partial(fine_tuning, naive=True),
         OURS: fine_tuning,
         "W4A4, compiled": functools.partial(fine_tuning, compiled=True),

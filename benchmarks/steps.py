@@ -37,14 +37,18 @@ def network(device: torch.device, depth: int = 20) -> nn.Module:
     return model
 
 
-def float_training(*, device: torch.device = CPU, bf16: bool = False) -> Step:
+def float_training(*, device: torch.device = CPU, bf16: bool = False, compiled: bool = False) -> Step:
     """The ordinary step on labels: forward, backward, SGD, BatchNorm in training mode."""
     model, images, labels = network(device).train(), pictures(device), classes(device)
     sgd = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    trained: Any = model
+    if compiled:
+        with mixed_precision(device, bf16):
+            trained = quantizer.compiled(model, images)
 
     def step() -> None:
         with mixed_precision(device, bf16):
-            logits = model(images)
+            logits = trained(images)
         descend(sgd, F.cross_entropy(logits.float(), labels))
 
     return step
@@ -59,14 +63,15 @@ def fine_tuning(
     student = channels_last(quantizer.quantize_layers(source, quantizer.QuantSpec())).requires_grad_(True)
     quantizer.calibrate(student, images, "max")
     freeze(student)
-    if compiled:
-        quantizer.use_compiler(student)
     if naive:
         for _, each in quantizer.quantizers(student):
             each.forward = functools.partial(straight_through, each)  # type: ignore[method-assign]
     groups = quantizer.parameter_groups(student, 1e-5, 1e-6)
     optimizer = torch.optim.Adam(groups) if naive else adam(groups, 1e-5)
     trained, labelling = (student, source) if naive else (quantizer.fused(student), quantizer.fused(source))
+    if compiled:
+        with mixed_precision(device, bf16):
+            trained = quantizer.compiled(trained, images)
     with torch.no_grad():
         answers = source(images)
 

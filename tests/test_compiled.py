@@ -1,87 +1,79 @@
-"""Facts about the compiled kernels: the same numbers as the plain ones, and no harm where nothing can compile."""
+"""Facts about the compiled network: the same numbers as the plain one, and no harm where nothing can compile."""
 
-from collections.abc import Iterator
+import warnings
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 import dfqlib
-from dfqlib.quantizer import StepQuantizer, compiled, fake_quantize, quantize_layers, quantizers, use_compiler
-from dfqlib.quantizer.functions import PLAIN, Kernels
+from dfqlib.quantizer import QuantSpec, calibrate, compiled, fused, quantize_layers
+from dfqlib.training import channels_last, mixed_precision
+
+DIGITS = (1, 16, 16)
 
 
-@pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    made = compiled.kernels()
-    if made is PLAIN:
-        pytest.skip("PyTorch finds no working C++ compiler here")
+def student(images: Tensor, **spec: Any) -> fx.GraphModule:
+    network = quantize_layers(dfqlib.load_model("digits_resnet8"), QuantSpec.parse("w4a4", **spec))
+    network = network.to(images.dtype).requires_grad_(True)
+    calibrate(network, images)
+    return network
+
+
+def compiled_or_skip(network: nn.Module, images: Tensor) -> nn.Module:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = compiled(network, images)
+    if made is network:
+        pytest.skip(f"PyTorch finds no working C++ compiler here: {caught[-1].message}")
     return made
 
 
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """The memory of having compiled is put away for the test."""
-    compiled.kernels.cache_clear()
-    yield
-    compiled.kernels.cache_clear()
+def gradients(network: nn.Module, images: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
+    logits = network(images)
+    found = torch.autograd.grad(logits.float().square().sum(), parameters)
+    return logits.detach(), torch.cat([each.flatten() for each in found])
 
 
-def run(x: Tensor, grad: Tensor, step: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
-    x, step = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(), step.clone().requires_grad_()
-    y = fake_quantize(x, step, -2, 5, kernels)
-    y.backward(grad)
-    assert x.grad is not None
-    assert step.grad is not None
-    return y.detach(), x.grad, step.grad
+@pytest.mark.parametrize("spec", [{}, {"granularity": "channel", "edge_bits": 4}], ids=["tensor", "channel"])
+def test_values_and_gradients_are_the_same_to_rounding(spec: dict[str, Any]) -> None:
+    images = torch.randn(8, *DIGITS).double()  # so that sums which nearly cancel can be compared, too
+    plain = fused(student(images, **spec))
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    made = compiled_or_skip(plain, images)
+    (ours, found), (logits, expected) = (gradients(each, images, parameters) for each in (made, plain))
+    torch.testing.assert_close(ours, logits)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_in_float32_codes_and_gradients_are_those_of_the_plain_kernels(
-    kernels: Kernels, layout: torch.memory_format
-) -> None:
-    x, grad = torch.randn(2, 41, 8, 17, 15).unbind()
-    x, step = x.contiguous(memory_format=layout), torch.tensor(0.3)
-    assert x.numel() > compiled.SMALL
-    (y, grad_x, grad_step), (plain_y, plain_x, plain_step) = (run(x, grad, step, each) for each in (kernels, PLAIN))
-    assert torch.equal(y, plain_y)
-    assert torch.equal(grad_x, plain_x)
-    assert y.stride() == plain_y.stride()
-    torch.testing.assert_close(grad_step, plain_step, rtol=1e-4, atol=1e-4)
+def test_bfloat16_strays_no_further_than_in_the_plain_network() -> None:
+    images = torch.randn(64, *DIGITS).contiguous(memory_format=torch.channels_last)
+    plain = fused(channels_last(student(images)))
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    _, exact = gradients(plain, images, parameters)
+    cpu = torch.device("cpu")
+    with mixed_precision(cpu):
+        made = compiled_or_skip(plain, images)
+        (_, ours), (_, theirs) = (gradients(each, images, parameters) for each in (made, plain))
+    similarity = [torch.cosine_similarity(each, exact, dim=0).item() for each in (ours, theirs)]
+    assert similarity[0] > similarity[1] - 0.02
 
 
-def test_in_bfloat16_they_round_once(kernels: Kernels) -> None:
-    x, grad = torch.randn(2, 2 * compiled.SMALL).to(torch.bfloat16).unbind()
-    step = torch.tensor(0.3)
-    y, _, grad_step = run(x, grad, step, kernels)
-    exact, _, exact_step = run(x.float(), grad.float(), step, PLAIN)
-    assert torch.equal(y, exact.to(torch.bfloat16))
-    torch.testing.assert_close(grad_step, exact_step, rtol=1e-3, atol=1e-2)
-
-
-def test_steps_per_channel_small_tensors_and_empty_batches_go_the_plain_way(kernels: Kernels) -> None:
-    x, grad = torch.randn(2, 3, 2, 3, 3).unbind()
-    step = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1, 1)
-    for ours, plain in zip(run(x, grad, step, kernels), run(x, grad, step, PLAIN), strict=True):
-        assert torch.equal(ours, plain)
-    assert fake_quantize(x[:0], torch.tensor(0.1), 0, 15, kernels).shape == (0, 2, 3, 3)
-
-
-def test_express_learns_the_same_with_them(kernels: Kernels) -> None:
+def test_express_learns_the_same_with_it() -> None:
     teacher = dfqlib.load_model("digits_resnet8")
     short = {"images": 16, "synthesis_steps": 2, "steps": 6, "bf16": False}
-    runs = [dfqlib.quantize(teacher, (1, 16, 16), "w3a3", progress=False, compiled=c, **short) for c in (True, False)]
+    runs = [dfqlib.quantize(teacher, DIGITS, "w3a3", progress=False, compiled=c, **short) for c in (True, False)]
     ours, plain = (torch.cat([p.flatten() for p in run.model.parameters()]) for run in runs)
     torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.usefixtures("fresh")
 def test_without_a_compiler_it_warns_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("No working C++ compiler found")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse)
-    network = quantize_layers(dfqlib.load_model("digits_resnet8"), dfqlib.QuantSpec())
+    images = torch.randn(8, *DIGITS)
+    network = fused(student(images))
     with pytest.warns(UserWarning, match="install a C\\+\\+ compiler"):
-        use_compiler(network)
-    assert not any(q.compiled for _, q in quantizers(network) if isinstance(q, StepQuantizer))
+        assert compiled(network, images) is network

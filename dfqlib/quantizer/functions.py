@@ -4,8 +4,7 @@ Taught in notebook 02.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,58 +24,31 @@ def _just_beyond(bound: int, dtype: torch.dtype) -> float:
     return bound + math.copysign(ulp, bound)
 
 
-class Kernels(NamedTuple):
-    """How the two passes of fake quantization are computed.
-
-    Attributes:
-        forward: (x, step, qmin, qmax) -> quantized x.
-        backward: (grad, x, step, qmin, qmax, whether the step's gradient is wanted) -> gradients of x and step.
-    """
-
-    forward: Callable[[Tensor, Tensor, int, int], Tensor]
-    backward: Callable[[Tensor, Tensor, Tensor, int, int, bool], tuple[Tensor, Tensor | None]]
-
-
-def _forward(x: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
-    return torch.div(x, step).round_().clamp_(qmin, qmax).mul_(step)
-
-
-def _backward(
-    grad: Tensor, x: Tensor, step: Tensor, qmin: int, qmax: int, wants_step: bool
-) -> tuple[Tensor, Tensor | None]:
-    scaled = x / step
-    bounds = _just_beyond(qmin, x.dtype), _just_beyond(qmax, x.dtype)
-    grad_x = _inside(grad, scaled, *bounds)
-    if not wants_step:
-        return grad_x, None
-    # Inside the range the slope is round(x/step) - x/step; outside it is the bound that x was clamped to.
-    slope = scaled.round().clamp_(qmin, qmax).sub_(_inside(scaled, scaled, *bounds))
-    return grad_x, slope.mul_(grad).sum_to_size(step.shape)
-
-
-PLAIN = Kernels(_forward, _backward)
-"""A few vectorized passes each, without a compiler."""
-
-
 class _FakeQuantize(torch.autograd.Function):
-    """One node instead of autograd's chain of five, without its intermediate tensors."""
+    """A few vectorized passes in one node, instead of autograd's chain of five with its intermediate tensors."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, qmin: int, qmax: int, kernels: Kernels) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
         ctx.save_for_backward(x, step)
-        ctx.range, ctx.kernels = (qmin, qmax), kernels
-        return kernels.forward(x, step, qmin, qmax)
+        ctx.range = (qmin, qmax)
+        return torch.div(x, step).round_().clamp_(qmin, qmax).mul_(step)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        (grad,), (x, step) = grads, ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (grad,), (x, step), (qmin, qmax) = grads, ctx.saved_tensors, ctx.range
         if grad.stride() != x.stride():  # padding's gradient is channels first; mixed layouts take 4 times as long
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
-        grad_x, grad_step = ctx.kernels.backward(grad, x, step, *ctx.range, ctx.needs_input_grad[1])
-        return grad_x, grad_step, None, None, None
+        scaled = x / step
+        bounds = _just_beyond(qmin, x.dtype), _just_beyond(qmax, x.dtype)
+        grad_x = _inside(grad, scaled, *bounds)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None
+        # Inside the range the slope is round(x/step) - x/step; outside it is the bound that x was clamped to.
+        slope = scaled.round().clamp_(qmin, qmax).sub_(_inside(scaled, scaled, *bounds))
+        return grad_x, slope.mul_(grad).sum_to_size(step.shape), None, None
 
 
-def fake_quantize(x: Tensor, step: Tensor | float, qmin: int, qmax: int, kernels: Kernels = PLAIN) -> Tensor:
+def fake_quantize(x: Tensor, step: Tensor | float, qmin: int, qmax: int) -> Tensor:
     """Round to a grid of integer codes and back: ``clamp(round(x / step), qmin, qmax) * step`` (DFQF Eq. 10).
 
     The rounding passes gradients straight through (ties go to even); everything else is differentiated as
@@ -87,7 +59,6 @@ def fake_quantize(x: Tensor, step: Tensor | float, qmin: int, qmax: int, kernels
         step: positive; a scalar, or a tensor that broadcasts against x, such as (channels, 1, 1, 1).
         qmin: smallest code, 0 or negative.
         qmax: largest code.
-        kernels: how it is computed; ``compiled.kernels()`` are faster where there is a compiler.
 
     Returns:
         Tensor shaped like x, differentiable in x and step.
@@ -103,7 +74,7 @@ def fake_quantize(x: Tensor, step: Tensor | float, qmin: int, qmax: int, kernels
         if not step > 0:
             raise InputError(f"step={step} must be positive; take it from clipping.threshold(x, bits) / qmax")
         step = torch.tensor(step, dtype=x.dtype, device=x.device)
-    return _FakeQuantize.apply(x, step, qmin, qmax, kernels)
+    return _FakeQuantize.apply(x, step, qmin, qmax)
 
 
 def _round(x: Tensor) -> Tensor:

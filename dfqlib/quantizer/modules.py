@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib import clipping
-from dfqlib.quantizer import compiled as compiler
-from dfqlib.quantizer.functions import PLAIN, affine_quantize, fake_quantize, per_channel
+from dfqlib.quantizer.functions import affine_quantize, fake_quantize, per_channel
 from dfqlib.spec import integer_range
 
 Mode = Literal["float", "calibrate", "quantize"]
@@ -23,7 +22,6 @@ class StepQuantizer(nn.Module):
     """``fake_quantize`` with a step of its own (DFQF Eq. 10).
 
     In mode "float" it hands x through, in "calibrate" it also sets its step from x, in "quantize" it quantizes.
-    Where its attribute ``compiled`` is set (``use_compiler``), it computes with compiled kernels.
 
     Args:
         bits: width.
@@ -41,15 +39,13 @@ class StepQuantizer(nn.Module):
         self.step = nn.Parameter(torch.ones(channels or 1).squeeze(), requires_grad=learned)
         self.mode: Mode = "float"
         self.method, self.lower_bound = "mse", 0.0
-        self.compiled = False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "calibrate":
             self.calibrate(x.detach())
         if self.mode != "quantize":
             return x
-        kernels = compiler.kernels() if self.compiled else PLAIN
-        return fake_quantize(x, per_channel(self.step, x), self.qmin, self.qmax, kernels)
+        return fake_quantize(x, per_channel(self.step, x), self.qmin, self.qmax)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:

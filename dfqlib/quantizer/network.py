@@ -13,8 +13,6 @@ from torch.nn import functional as F
 from dfqlib import graph
 from dfqlib.convolution import convolve
 from dfqlib.errors import InputError
-from dfqlib.quantizer import compiled
-from dfqlib.quantizer.functions import PLAIN
 from dfqlib.quantizer.modules import AffineQuantizer, Mode, Quantizer, StepQuantizer
 from dfqlib.spec import INPUT_BITS, QuantSpec
 
@@ -182,17 +180,6 @@ def calibrate(network: nn.Module, images: Tensor, method: str = "mse", lower_bou
     set_mode(network, "calibrate")
     network(images)
     set_mode(network, "quantize")
-
-
-def use_compiler(network: nn.Module) -> None:
-    """Let the step quantizers of ``network`` compute with compiled kernels; without a compiler, warn and go on.
-
-    Taught in notebook 07.
-    """
-    available = compiled.kernels() is not PLAIN
-    for _, quantizer in quantizers(network):
-        if isinstance(quantizer, StepQuantizer):
-            quantizer.compiled = available
 
 
 def check_steps(network: nn.Module) -> dict[str, float]:

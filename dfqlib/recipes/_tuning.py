@@ -65,7 +65,7 @@ class QuantizedTuning(Tuning, Protocol):
 
     Attributes:
         integer_share: share of the last steps in which the student computes in integers.
-        compiled: fine-tune with compiled quantizers where there is a compiler.
+        compiled: fine-tune in kernels compiled for the network where there is a compiler.
         perturbation, alignment: see ``Additions``.
     """
 
@@ -116,6 +116,7 @@ def fine_tune(
     phase: str = "fine-tuning",
     network_at: Callable[[int], nn.Module] | None = None,
     additions: Additions = NOTHING,
+    compiled: bool = False,
 ) -> None:
     """Bring ``student`` close to the teacher on mixtures of ``images``, in place; its mode stays as it is.
 
@@ -129,6 +130,7 @@ def fine_tune(
         network_at: what computes the student's logits at a step, where that is not ``student`` itself.
         additions: further terms; ``alignment`` rests where ``network_at`` gives another network, which has no BatchNorm
             layers.
+        compiled: compute ``student`` in kernels made for it (``quantizer.compiled``), unless ``alignment`` watches it.
     """
     optimizer = adam(quantizer.parameter_groups(student, lr, lr * settings.step_lr), lr)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -137,6 +139,9 @@ def fine_tune(
     fixed = isinstance(student, fx.GraphModule) and not student.training
     teacher = task.teacher if watching else quantizer.fused(task.teacher)
     faster = student if watching or not fixed else quantizer.fused(student)
+    if compiled and faster is not student and settings.steps:
+        with mixed_precision(task.device, settings.bf16):
+            faster = quantizer.compiled(faster, images[torch.arange(settings.batch) % len(images)])
     floors = step_floors(student)
 
     def loss_of(network: nn.Module, labels: Tensor | None, batch: Tensor) -> Tensor:

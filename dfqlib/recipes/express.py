@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfqlib import integer, losses, quantizer, synthesis
+from dfqlib import integer, losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.evaluate import predict
@@ -57,7 +57,8 @@ class Settings:
             its exported file will, and what integers round is written into the result, whose accuracy is then the
             file's; 0 for fake quantization throughout.
         bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
-        compiled: fine-tune with compiled quantizers where there is a compiler: some 15 s once, then faster steps.
+        compiled: fine-tune in kernels compiled for the network where there is a compiler: some 20 s at first, then
+            steps of three quarters of the time.
         superposed: probability of an image's label being a mixture of classes; Qimera's 0.4.
         hard_samples: weight beta of HAST's (1 - p_y)^2 CE, in place of ``label_weight`` and the plain cross-entropy;
             there 10, beside squared BatchNorm losses. Here 1 already keeps the statistics from matching; try 0.2.
@@ -190,8 +191,6 @@ def fine_tune(
     labels: Tensor | None = None,
 ) -> None:
     """Bring ``student`` close to the teacher on mixtures of ``images`` (and to weighted ``labels``), in place."""
-    if settings.compiled:
-        quantizer.use_compiler(student)
     first_integer_step = settings.steps - round(settings.integer_share * settings.steps)
     if settings.integer_share:
         integer.prepare(student, images)
@@ -199,7 +198,7 @@ def fine_tune(
     _tuning.fine_tune(
         task, student, images, settings, _tuning.peak_lr(settings.lr, spec),
         network_at=lambda index: student if index < first_integer_step else as_exported,
-        additions=_tuning.Additions(labels, settings.perturbation, settings.alignment),
+        additions=_tuning.Additions(labels, settings.perturbation, settings.alignment), compiled=settings.compiled,
     )  # fmt: skip
     if settings.integer_share:
         integer.settle(student)
