@@ -55,6 +55,21 @@ def test_each_idea_changes_what_it_is_about_and_repeats(teacher: nn.Module, plai
     assert same(run(teacher, **FLAGS[flag]).model, report.model)
 
 
+def test_of_images_that_stay_as_they_are_the_teacher_is_asked_once(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses_of(**changes: Any) -> list[float]:
+        return [row["loss"] for row in run(teacher, shift=0, flip=False, bf16=False, **changes).history]
+
+    once = losses_of(cutmix=0.0)
+    assert losses_of(cutmix=0.0, perturbation=1e-30) == pytest.approx(once, rel=1e-4)  # asked at each step
+    monkeypatch.setattr(_tuning, "predict", lambda network, images: -predict(network, images))
+    assert losses_of(cutmix=0.0)[-1] > 1.5 * once[-1]
+    with_mixtures = losses_of(cutmix=1.0)
+    monkeypatch.undo()
+    assert losses_of(cutmix=1.0) == with_mixtures
+
+
 def test_all_ideas_are_off_by_default_in_every_budget_and_go_together(teacher: nn.Module) -> None:
     assert all(getattr(settings, flag) == 0 for settings in express.BUDGETS.values() for flag in FLAGS)
     everything = {name: value for flag in FLAGS.values() for name, value in flag.items()}

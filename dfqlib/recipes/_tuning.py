@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from dfqlib import losses, quantizer, synthesis
 from dfqlib.errors import InputError
+from dfqlib.evaluate import predict
 from dfqlib.recipes._additions import Features, perturbed
 from dfqlib.recipes.base import Task, descend
 from dfqlib.spec import QuantSpec
@@ -120,6 +121,8 @@ def fine_tune(
 ) -> None:
     """Bring ``student`` close to the teacher on mixtures of ``images``, in place; its mode stays as it is.
 
+    Where no setting changes the images from batch to batch, the teacher looks at each of them once.
+
     Args:
         task: the job.
         student: quantized or smaller.
@@ -143,11 +146,13 @@ def fine_tune(
         with mixed_precision(task.device, settings.bf16):
             faster = quantizer.compiled(faster, images[torch.arange(settings.batch) % len(images)])
     floors = step_floors(student)
+    varied = settings.cutmix or settings.shift or settings.flip or additions.perturbation
+    answers = None if varied or watching or not settings.steps else predict(task.teacher, images).to(task.device)
 
-    def loss_of(network: nn.Module, labels: Tensor | None, batch: Tensor) -> Tensor:
+    def loss_of(network: nn.Module, labels: Tensor | None, answer: Tensor | None, batch: Tensor) -> Tensor:
         with mixed_precision(task.device, settings.bf16):
             with torch.set_grad_enabled(batch.requires_grad):
-                target = teacher(batch)
+                target = teacher(batch) if answer is None else answer
             logits = network(batch)
         loss = losses.distillation_loss(logits.float(), target.float(), settings.temperature)
         if labels is not None:
@@ -168,7 +173,7 @@ def fine_tune(
         labels = None if additions.labels is None else additions.labels[rows]
         if labels is not None:
             labels = own * labels + (1 - own) * labels.flip(0)
-        goal = partial(loss_of, network, labels)
+        goal = partial(loss_of, network, labels, None if answers is None else answers[rows])
         if additions.perturbation:
             batch = perturbed(batch, goal, additions.perturbation)
         loss = goal(batch)
