@@ -1,10 +1,10 @@
 """What recipes with a set of synthetic images share: a student brought close to the teacher on mixtures of them."""
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -141,13 +141,19 @@ def fine_tune(
     watching = additions.alignment > 0  # what leaves the BatchNorm layers, which the faster forms do without
     fixed = isinstance(student, fx.GraphModule) and not student.training
     teacher = task.teacher if watching else quantizer.fused(task.teacher)
-    faster = student if watching or not fixed else quantizer.fused(student)
-    if compiled and faster is not student and settings.steps:
-        with mixed_precision(task.device, settings.bf16):
-            faster = quantizer.compiled(faster, images[torch.arange(settings.batch) % len(images)])
     floors = step_floors(student)
     varied = settings.cutmix or settings.shift or settings.flip or additions.perturbation
     answers = None if varied or watching or not settings.steps else predict(task.teacher, images).to(task.device)
+
+    @functools.cache  # in the first step, so that Ctrl-C waits and a run that it has ended compiles nothing
+    def faster() -> nn.Module:
+        if watching or not fixed:
+            return student
+        network = quantizer.fused(student)
+        if not compiled:
+            return network
+        with mixed_precision(task.device, settings.bf16):
+            return quantizer.compiled(network, images[torch.arange(settings.batch) % len(images)])
 
     def loss_of(network: nn.Module, labels: Tensor | None, answer: Tensor | None, batch: Tensor) -> Tensor:
         with mixed_precision(task.device, settings.bf16):
@@ -165,7 +171,7 @@ def fine_tune(
 
     def step(index: int) -> dict[str, Tensor]:
         network = student if network_at is None else network_at(index)
-        network = faster if network is student else network
+        network = faster() if network is student else network
         rows = torch.randint(len(images), (settings.batch,))
         batch, own = synthesis.shift_and_flip(images[rows], settings.shift, settings.flip), 1.0
         if torch.rand(()) < settings.cutmix:
@@ -173,7 +179,7 @@ def fine_tune(
         labels = None if additions.labels is None else additions.labels[rows]
         if labels is not None:
             labels = own * labels + (1 - own) * labels.flip(0)
-        goal = partial(loss_of, network, labels, None if answers is None else answers[rows])
+        goal = functools.partial(loss_of, network, labels, None if answers is None else answers[rows])
         if additions.perturbation:
             batch = perturbed(batch, goal, additions.perturbation)
         loss = goal(batch)
@@ -186,7 +192,7 @@ def fine_tune(
     with ExitStack() as watched:
         networks = (task.teacher, student) if additions.alignment else ()
         features = [watched.enter_context(Features(network)) for network in networks]
-        task.session.loop(phase, settings.steps, step, state, partial(quantizer.check_steps, student))
+        task.session.loop(phase, settings.steps, step, state, functools.partial(quantizer.check_steps, student))
 
 
 def step_floors(student: nn.Module) -> list[tuple[Tensor, Tensor]]:
