@@ -38,6 +38,12 @@ CASES = {
     "cifar10_w4a4": Case("cifar10_resnet20", "w4a4"),
     "cifar10_w3a3": Case("cifar10_resnet20", "w3a3"),
     "cifar10_w2a2": Case("cifar10_resnet20", "w2a2"),
+    "cifar10_w2a2_long": Case(
+        "cifar10_resnet20",
+        "w2a2",
+        "first and last at 8 bits; 1,024 images, 6,000 steps",
+        settings=(("images", 1024), ("steps", 6000)),
+    ),
     "cifar10_w4a4_all": Case("cifar10_resnet20", "w4a4", **_all_layers(4)),
     "cifar10_w3a3_all": Case("cifar10_resnet20", "w3a3", **_all_layers(3)),
     "cifar100_w4a4": Case("cifar100_resnet20", "w4a4"),
