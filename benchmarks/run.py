@@ -52,6 +52,7 @@ BENCHMARKS = {
         keeps=True,
     ),
     "deploy": Benchmark("deploy.py", network="cifar10_resnet20"),
+    "overview": Benchmark("overview.py", network="cifar10_resnet20"),
     "tables": Benchmark("tables.py"),
 }
 

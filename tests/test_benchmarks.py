@@ -218,7 +218,7 @@ def test_make_bench_starts_programs_that_exist_and_its_short_form_leaves_the_res
         assert Path(full[1]).is_file()
         assert ("--missing" in full) == (name in ("accuracy", "curve"))
         short = run.command(benchmark, short=True, missing=False)
-        assert (short is None) == (name in ("deploy", "tables"))
+        assert (short is None) == (name in ("deploy", "overview", "tables"))
         if short is not None:
             assert short[-2:] == ["--output", str(run.ROOT / "build" / "bench")]
 
