@@ -42,7 +42,9 @@ def main() -> None:
     plots.image_grid(left, images[: ROWS * columns], known.mean, known.std, columns)
     side = shape[2] + 1  # a line between two images
     left.set_axis_on()
-    left.set_xticks([side * (index + 0.5) for index in range(columns)], known.classes, rotation=45, ha="right", fontsize=7)
+    left.set_xticks(
+        [side * (index + 0.5) for index in range(columns)], known.classes, rotation=45, ha="right", fontsize=7
+    )
     left.set_yticks([])
     left.grid(False)
     left.set_title("What a CIFAR-10 network remembers: images out of noise")
