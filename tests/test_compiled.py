@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
 
 import dfqlib
 from dfqlib.quantizer import QuantSpec, calibrate, compiled, fused, quantize_layers
@@ -66,6 +67,14 @@ def test_express_learns_the_same_with_it() -> None:
     runs = [dfqlib.quantize(teacher, DIGITS, "w3a3", progress=False, compiled=c, **short) for c in (True, False)]
     ours, plain = (torch.cat([p.flatten() for p in run.model.parameters()]) for run in runs)
     torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_shifted_and_mirrored_batches_are_not_compiled_anew() -> None:
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    teacher = nn.Sequential(*layers, nn.Linear(8, 4))
+    before = counters["stats"]["unique_graphs"]
+    dfqlib.quantize(teacher, (3, 8, 8), images=16, synthesis_steps=2, steps=12, progress=False, compiled=True)
+    assert counters["stats"]["unique_graphs"] - before <= 1  # none without a compiler
 
 
 def test_without_a_compiler_it_warns_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,10 @@
 """What recipes with a set of synthetic images share: a student brought close to the teacher on mixtures of them."""
 
-import functools
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -145,15 +145,19 @@ def fine_tune(
     varied = settings.cutmix or settings.shift or settings.flip or additions.perturbation
     answers = None if varied or watching or not settings.steps else predict(task.teacher, images).to(task.device)
 
-    @functools.cache  # in the first step, so that Ctrl-C waits and a run that it has ended compiles nothing
-    def faster() -> nn.Module:
-        if watching or not fixed:
-            return student
-        network = quantizer.fused(student)
-        if not compiled:
+    faster: nn.Module | None = None
+
+    def network_of(index: int, batch: Tensor) -> nn.Module:
+        nonlocal faster
+        network = student if network_at is None else network_at(index)
+        if network is not student or watching or not fixed:
             return network
-        with mixed_precision(task.device, settings.bf16):
-            return quantizer.compiled(network, images[torch.arange(settings.batch) % len(images)])
+        if faster is None:  # in the first step, so that Ctrl-C waits and a run that it has ended compiles nothing
+            faster = quantizer.fused(student)
+            if compiled:
+                with mixed_precision(task.device, settings.bf16):
+                    faster = quantizer.compiled(faster, batch)
+        return faster
 
     def loss_of(network: nn.Module, labels: Tensor | None, answer: Tensor | None, batch: Tensor) -> Tensor:
         with mixed_precision(task.device, settings.bf16):
@@ -170,16 +174,16 @@ def fine_tune(
         return loss
 
     def step(index: int) -> dict[str, Tensor]:
-        network = student if network_at is None else network_at(index)
-        network = faster() if network is student else network
         rows = torch.randint(len(images), (settings.batch,))
         batch, own = synthesis.shift_and_flip(images[rows], settings.shift, settings.flip), 1.0
         if torch.rand(()) < settings.cutmix:
             batch, own = cutmix(batch)
+        if compiled:  # mirrored and shifted images are laid out otherwise, and each layout is compiled anew
+            batch = batch.contiguous(memory_format=torch.channels_last)
         labels = None if additions.labels is None else additions.labels[rows]
         if labels is not None:
             labels = own * labels + (1 - own) * labels.flip(0)
-        goal = functools.partial(loss_of, network, labels, None if answers is None else answers[rows])
+        goal = partial(loss_of, network_of(index, batch), labels, None if answers is None else answers[rows])
         if additions.perturbation:
             batch = perturbed(batch, goal, additions.perturbation)
         loss = goal(batch)
@@ -192,7 +196,7 @@ def fine_tune(
     with ExitStack() as watched:
         networks = (task.teacher, student) if additions.alignment else ()
         features = [watched.enter_context(Features(network)) for network in networks]
-        task.session.loop(phase, settings.steps, step, state, functools.partial(quantizer.check_steps, student))
+        task.session.loop(phase, settings.steps, step, state, partial(quantizer.check_steps, student))
 
 
 def step_floors(student: nn.Module) -> list[tuple[Tensor, Tensor]]:
