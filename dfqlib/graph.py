@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from dfqlib.convolution import Unstrided, kind_of
+
 _F: Any = F  # the functional namespace is only partly typed
 Operations = set[Any]  # module classes, functions, method names
 RELU: Operations = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, _F.relu_, torch.relu, "relu", "relu_"}
@@ -81,6 +83,9 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.opaque: list[str] = []
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Unstrided) or super().is_leaf_module(m, module_qualified_name)
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -134,7 +139,7 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, list[str]]:
 def operation(node: fx.Node) -> Any:
     """What a node does: the module's class, the function, or the method's name; None for inputs and constants."""
     if node.op == "call_module":
-        return type(module_of(node))
+        return kind_of(module_of(node))
     return node.target if node.op in ("call_function", "call_method") else None
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dfqlib import graph
+from dfqlib.convolution import convolve
 from dfqlib.errors import InputError
 from dfqlib.folding import Layer, find_layers
 from dfqlib.moments import SIXES
@@ -176,7 +177,7 @@ def _after(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
     def forward(inputs: Tensor, weight: Tensor) -> Tensor:
         module = layer.module
         if isinstance(module, nn.Conv2d):
-            out = module._conv_forward(inputs, weight, module.bias)
+            out = convolve(module, inputs, weight, module.bias)
         else:
             out = nn.functional.linear(inputs, weight, module.bias)
         if layer.norm is not None:

@@ -77,7 +77,7 @@ def from_noise(
     last = first_batch + len(parts)
     for index, part in enumerate(parts, first_batch):
         phase = "synthesis" if last == 1 else f"synthesis {index + 1}/{last}"
-        torch.manual_seed(session.seed + index)
+        session.reseed(f"noise {index}")
         noise = torch.randn(len(part), *image_shape).to(part.device)
         canvas = _Canvas(noise.contiguous(memory_format=torch.channels_last))
         adjust, schedule = optimizer([canvas.pixels])

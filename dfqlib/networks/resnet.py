@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfqlib.convolution import guard
 from dfqlib.errors import InputError
 
 
@@ -32,7 +33,7 @@ class PaddedShortcut(nn.Module):
 def projection_shortcut(in_channels: int, out_channels: int) -> nn.Module:
     """Learned shortcut where the shape changes: 1x1 convolution with stride 2 and BN (option B)."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False),
+        guard(nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False)),
         nn.BatchNorm2d(out_channels),
     )
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfqlib.convolution import guard
 from dfqlib.errors import InputError
 
 
@@ -21,7 +22,7 @@ class WideBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.projects = in_channels != out_channels
         if self.projects:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.shortcut = guard(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H/stride, W/stride)."""

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dfqlib import graph
-from dfqlib.convolution import convolve
+from dfqlib.convolution import convolve, kind_of
 from dfqlib.errors import InputError
 from dfqlib.quantizer.modules import AffineQuantizer, Mode, Quantizer, StepQuantizer
 from dfqlib.spec import INPUT_BITS, QuantSpec
@@ -80,13 +80,13 @@ def quantize_layers(model: nn.Module, spec: QuantSpec) -> fx.GraphModule:
 
 def _layers_inside(network: nn.Module, top: str) -> list[str]:
     modules = network.get_submodule(top).named_modules(prefix=top)
-    return [name for name, module in modules if type(module) in _QUANTIZED]
+    return [name for name, module in modules if kind_of(module) in _QUANTIZED]
 
 
 def _quantize_weights(layer: Any, spec: QuantSpec, bits: int) -> None:
     channels = layer.weight.shape[0] if spec.granularity == "channel" else None
     learned = spec.step == "learned"
-    layer.__class__ = _QUANTIZED[type(layer)]
+    layer.__class__ = _QUANTIZED[kind_of(layer)]
     layer.weight_quantizer = (
         StepQuantizer(bits, signed=True, channels=channels, learned=learned)
         if spec.scheme == "symmetric"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfqlib import batchnorm, convolution
+from dfqlib import batchnorm, convolution, machine
 from dfqlib.errors import InputError
 from dfqlib.recipes import _given
 from dfqlib.recipes.base import ImageShape, Outcome, Report, Task, check_network, override, prepare_teacher
@@ -111,7 +111,7 @@ def distill(
     kind = {"student": type(student).__name__}
     run = _Run(model, image_shape, recipe, budget, seed, device, progress, checkpoint, method, chosen, kind)
     report = run(lambda task: method.distill(task, _fresh_student(student, task), chosen))
-    convolution.restore(report.model)
+    report.model = convolution.restore(report.model)
     return report
 
 
@@ -143,7 +143,7 @@ class _Run:
         settings = self._record(device)
         path = None if self.checkpoint is None else Path(self.checkpoint)
         session = Session(self.seed, self.progress, path, identity=_identity(settings))
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), convolution.guarded():
             outcome: Outcome = work(Task(teacher, self.image_shape, classes, session))
         for network in (outcome.model, outcome.calibrated):
             if network is not None:
@@ -169,6 +169,8 @@ class _Run:
             **self.subject,
             **_given.described(self.chosen),
             "device": str(device),
+            "processor": machine.processor(device),
+            "dtype": "bfloat16" if getattr(self.chosen, "bf16", False) and machine.has_bfloat16(device) else "float32",
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),  # a plain string, which a file can hold without code
             "python": platform.python_version(),
@@ -176,7 +178,7 @@ class _Run:
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, str]:
-    ignored = {"device", "threads", "torch", "python"}
+    ignored = {"device", "processor", "dtype", "threads", "torch", "python"}
     return {name: str(value) for name, value in settings.items() if name not in ignored}
 
 
@@ -222,4 +224,4 @@ def _fresh_student(student: nn.Module, task: Task) -> nn.Module:
     prepared, classes = prepare_teacher(student, task.image_shape, task.device)
     if classes != task.classes:
         raise InputError(f"student has {classes} classes and the teacher {task.classes}; give them the same number")
-    return convolution.prepare_for_training(prepared.requires_grad_(True))
+    return prepared.requires_grad_(True)

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from dfqlib import quantizer
-from dfqlib.convolution import prepare_for_training
 from dfqlib.generators import Generator
 from dfqlib.recipes.base import Task, descend, make_optimizer
 from dfqlib.training import Stateful, adam, channels_last, mixed_precision
@@ -168,7 +167,7 @@ def reinitialized(model: nn.Module) -> nn.Module:
     Modules are asked to ``reset_parameters()``, as torch's own can; the values of any other parameter are shuffled,
     which keeps their scale and forgets what they mean.
     """
-    tool = prepare_for_training(copy.deepcopy(model).requires_grad_(True))
+    tool = copy.deepcopy(model).requires_grad_(True)
     for module in tool.modules():
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):

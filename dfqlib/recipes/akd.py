@@ -175,7 +175,7 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
 
 def make_generators(task: Task, settings: Settings) -> list[Player[AkdGenerator]]:
     """``settings.generators`` new generators, each with its Adam."""
-    torch.manual_seed(task.session.seed)
+    task.session.reseed("generators")
     _check_memory(task, settings)
     return [
         trained_by_adam(task, AkdGenerator(task.image_shape, settings.latent), settings.lr_g)

@@ -65,8 +65,9 @@ class Report:
         images: the synthetic images, or those that were given, (N, C, H, W), in the teacher's normalized space.
         history: a row per look at the losses, ready for a DataFrame.
         seconds: wall time.
-        settings: everything needed to run it again: recipe, budget, seed, widths, the recipe's settings, versions;
-            of images that were given, their shape and a digest.
+        settings: everything needed to run it again: recipe, budget, seed, widths, the recipe's settings, versions, and
+            the processor and the dtype that synthesis and training computed in ("bfloat16" where the recipe's ``bf16``
+            is set and the processor multiplies it, else "float32"); of images that were given, their shape and digest.
         calibrated: the quantized network before fine-tuning, or None.
         interrupted: Ctrl-C ended the run early; ``model`` is as far as it came.
         steps: a row per look at the quantizers' steps while they are trained, the mean over channels by quantizer.

@@ -19,7 +19,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from dfqlib import losses, synthesis
@@ -132,7 +131,7 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
 
 def make_generator(task: Task, settings: Settings) -> Player[UnconditionalGenerator]:
     """A new G and its Adam."""
-    torch.manual_seed(task.session.seed)
+    task.session.reseed("generator")
     return trained_by_adam(task, UnconditionalGenerator(task.image_shape, settings.latent), settings.lr_g)
 
 

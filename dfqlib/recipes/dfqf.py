@@ -27,7 +27,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from dfqlib import losses, synthesis
@@ -145,7 +144,7 @@ class Players:
     """
 
     def __init__(self, task: Task, settings: Settings) -> None:
-        torch.manual_seed(task.session.seed)
+        task.session.reseed("generator")
         self.task, self.settings = task, settings
         self.generator = UnconditionalGenerator(task.image_shape, settings.latent)
         self.player = trained_by_adam(task, self.generator, settings.lr_g)

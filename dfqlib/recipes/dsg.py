@@ -22,7 +22,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from dfqlib import batchnorm, graph, losses, rounding, synthesis
@@ -128,7 +127,7 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
 
 def margins(task: Task, settings: Settings) -> list[SlackMargin]:
     """One for each BatchNorm layer; all zero without slack."""
-    torch.manual_seed(task.session.seed)
+    task.session.reseed("margins")
     measured = losses.slack_margins(task.teacher, task.image_shape, settings.epsilon, settings.gaussian_images)
     return measured if settings.slack else [SlackMargin(0.0, 0.0)] * len(measured)
 

@@ -111,8 +111,8 @@ def example_images(task: Task, settings: Settings) -> Tensor:
         batchnorm.require(task.teacher, 'equalize" with "synthesis_steps')
         wanted = express.Settings(images=settings.images, synthesis_steps=settings.synthesis_steps)
         return express.synthesize(task, wanted)
-    generator = torch.Generator().manual_seed(task.session.seed)
-    return torch.randn(settings.images, *task.image_shape, generator=generator).to(task.device)
+    task.session.reseed("noise")
+    return torch.randn(settings.images, *task.image_shape).to(task.device)
 
 
 def input_means(folded: folding.Folded, images: Tensor, settings: Settings) -> dict[str, Tensor]:

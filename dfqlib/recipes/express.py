@@ -138,7 +138,7 @@ def wanted_labels(task: Task, settings: Settings) -> Tensor:
     labels = synthesis.balanced_labels(settings.images, task.classes, task.device)
     if not settings.superposed:
         return labels
-    return _additions.superposed_labels(labels, task.classes, settings.superposed, task.session.seed)
+    return _additions.superposed_labels(labels, task.classes, settings.superposed, task.session.reseed("mixtures"))
 
 
 def synthesize(task: Task, settings: Settings, rival: nn.Module | None = None) -> Tensor:

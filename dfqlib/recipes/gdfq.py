@@ -144,7 +144,7 @@ def paper_spec(bits: str) -> QuantSpec:
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     """Algorithm 1: warm-up of G, ranges of Q, then both in turn."""
-    torch.manual_seed(task.session.seed)
+    task.session.reseed("generator")
     forge = Forge(task, settings)
     student = quantized_student(task, spec)
     with BatchNormProbe(task.teacher) as probe:
