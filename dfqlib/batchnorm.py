@@ -1,17 +1,16 @@
 """What a network remembers of its training data: the running statistics of its BatchNorm layers."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.fx
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from dfqlib import graph
 from dfqlib.errors import InputError
 
 RECIPES_WITHOUT_BATCHNORM = ("dafl", "dfad", "equalize")
@@ -230,15 +229,14 @@ def fold(model: nn.Module) -> nn.Module:
 
     Taught in notebook 10.
     """
-    try:
-        traced = torch.fx.symbolic_trace(copy.deepcopy(model).eval())
-    except Exception as error:  # whatever data-dependent code in the model raises
-        raise InputError(f"model cannot be traced by torch.fx, which folding needs: {error}") from error
+    traced, opaque = graph.trace(model)
+    if opaque:
+        raise InputError(f'model: "{opaque[0]}" cannot be traced by torch.fx, which folding needs')
     modules = dict(traced.named_modules())
     calls = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
     for node in list(traced.graph.nodes):
         source = node.args[0] if node.args else None
-        if node.op != "call_module" or not isinstance(source, torch.fx.Node) or source.op != "call_module":
+        if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
             continue
         name, source_name = str(node.target), str(source.target)
         layer, before = modules[name], modules[source_name]

@@ -155,3 +155,8 @@ def test_a_user_s_student_with_functional_convolutions_is_guarded_too() -> None:
     for threads in (1, 2):
         done = run(["-c", code], threads, "AVX2")
         assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_torch_s_own_tracer_follows_a_guarded_network() -> None:
+    model, images = ResNet8().eval(), torch.randn(2, 1, 16, 16)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(images), model(images))
