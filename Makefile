@@ -1,5 +1,6 @@
 # make tutorial   run every notebook, write build/tutorial/index.html
 # make test       lint, types, unit tests, notebooks against their committed outputs
+# make test-lowest  the unit tests with the lowest versions that pyproject.toml allows (an environment of its own)
 # make lab        open the notebooks in JupyterLab
 # make site       the lessons as they were committed, and the reference, as build/site/index.html
 # make refresh    run the notebooks again in place and keep the new outputs
@@ -12,14 +13,19 @@
 # Some benchmarks: make bench ARGS="speed tables"; whether all work, in minutes: make bench ARGS=--short
 
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.stamp
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
 EXTRAS := notebooks,export,test,dev
-MORE_STAMP := .venv/.stamp-more
+MORE_STAMP := $(VENV)/.stamp-more
 MORE_EXTRAS := browser,site
+CONSTRAINTS := constraints.txt
+LOWEST := .venv-lowest
+LOWEST_EXTRAS := notebooks,export,test
+PYTEST := python -m pytest -n 2 --dist loadfile
 AT_LEAST_3_11 := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help install tutorial test lab site refresh bench browser binder binder-check clean
+.PHONY: help install tutorial test test-lowest lab site refresh bench browser binder binder-check clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -27,29 +33,32 @@ help:
 install: $(STAMP)
 
 # The interpreter of an .venv that is already there is kept. One made without pip (uv) or cut short gets its pip.
-$(STAMP): pyproject.toml constraints.txt
-	@if [ ! -x $(BIN)/python ]; then \
-	  command -v $(PYTHON) >/dev/null || { \
-	    echo "There is no $(PYTHON). Name a Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }; \
-	  $(PYTHON) -c '$(AT_LEAST_3_11)' || { \
-	    echo "dfqlib needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
-	      "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }; \
-	  echo "Making .venv with $$($(PYTHON) --version)"; \
-	  $(PYTHON) -m venv .venv || { \
-	    echo "Could not make .venv (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }; \
-	fi
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "There is no $(PYTHON). Name a Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c '$(AT_LEAST_3_11)' || { \
+	  echo "dfqlib needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	    "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "Could not make $(VENV) (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }
+
+$(STAMP): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@$(BIN)/python -c '$(AT_LEAST_3_11)' || { \
-	  echo ".venv has $$($(BIN)/python --version), dfqlib needs 3.11 or newer: remove .venv and run make again." >&2; \
+	  echo "$(VENV) has $$($(BIN)/python --version), dfqlib needs 3.11 or newer: remove $(VENV) and run make again." >&2; \
 	  exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null
-	@echo "Installing dfqlib and what it needs into .venv (about a minute, once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@echo "Installing dfqlib and what it needs into $(VENV) (about a minute, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@touch $@
+
+$(LOWEST)/constraints.txt: pyproject.toml tools/lowest.py | $(LOWEST)/bin/python
+	@$(LOWEST)/bin/python tools/lowest.py $(LOWEST_EXTRAS) >$@.new && mv $@.new $@
 
 # Only `make test` and `make site` need these.
 $(MORE_STAMP): $(STAMP)
 	@echo "Installing Sphinx for the site and Playwright for the test in JupyterLab (half a minute, once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(MORE_EXTRAS)]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(MORE_EXTRAS)]"
 	@touch $@
 
 tutorial: $(STAMP)
@@ -61,7 +70,12 @@ test: $(MORE_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval tests notebooks
+	$(BIN)/$(PYTEST) --nbval tests notebooks
+
+# The site and the browser are left out: their tests skip. So are the notebooks, whose outputs are of the tested versions.
+test-lowest:
+	@$(MAKE) --no-print-directory install VENV=$(LOWEST) CONSTRAINTS=$(LOWEST)/constraints.txt EXTRAS=$(LOWEST_EXTRAS)
+	$(LOWEST)/bin/$(PYTEST) tests
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)

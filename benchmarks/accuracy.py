@@ -34,7 +34,9 @@ from typing import Any
 
 import curve
 from cases import CASES, absent, load, real_images
-from harness import DATA, ROOT, peak_gb, processor, provenance, save
+from harness import DATA, ROOT, peak_gb, provenance, save
+
+from dfqlib.machine import processor
 
 CURVE = ("steps=50", "steps=100", "steps=200", "steps=400", "steps=800")
 CURVE_CASES = ("cifar10_w4a4", "cifar10_w3a3", "cifar10_w4a4_all", "cifar10_w3a3_all")

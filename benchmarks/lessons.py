@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from cases import CHECKPOINTS
-from harness import DATA, ROOT, processor
+from harness import DATA, ROOT
 from PIL import Image
 
+from dfqlib.machine import processor
 from dfqlib.rerun import Job, Run, read_notebook, read_parameters, run_jobs, values_for
 from dfqlib.training import written_whole
 

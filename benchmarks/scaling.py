@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import ROOT, processor, provenance, save, save_picture
+from harness import ROOT, provenance, save, save_picture
 from steps import CPU, SHAPE, Step, fine_tuning, synthesis_step, waiting
 
+from dfqlib.machine import processor
 from dfqlib.networks.complexity import complexity
 from dfqlib.networks.resnet import CifarResNet
 

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from cases import CASES, load
-from harness import DATA, ROOT, processor, provenance, save
+from harness import DATA, ROOT, provenance, save
+
+from dfqlib.machine import processor
 
 SEEDS = (100, 101)
 CHOICE = ("cifar10_w3a3", "cifar10_w4a4_all")

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import ROOT, against, peak_gb, processor, provenance, save, save_picture
+from harness import ROOT, against, peak_gb, provenance, save, save_picture
 from steps import BATCH, CPU, SHAPE, Step, fine_tuning, float_training, generator_step, synthesis_step, waiting
+
+from dfqlib.machine import processor
 
 FLOAT, NAIVE, OURS, FAST = "FP32 training", "W4A4, naive straight-through", "W4A4", "W4A4, bf16, compiled"
 TABLES: dict[str, dict[str, Callable[..., Step]]] = {

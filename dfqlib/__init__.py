@@ -6,11 +6,21 @@
 >>> dfqlib.evaluate(report.model, dfqlib.load_data("digits"))
 """
 
+import torch
+
+from dfqlib.errors import InputError, NonFiniteError
+
+_TORCH_FLOOR = (2, 6)  # that of pyproject.toml; said here, before something that an older PyTorch lacks fails inside
+if tuple(map(int, torch.__version__.split(".")[:2])) < _TORCH_FLOOR:
+    raise InputError(
+        f"dfqlib needs torch {'.'.join(map(str, _TORCH_FLOOR))} or newer, this is {torch.__version__}; "
+        "pip install -U torch torchvision"
+    )
+
 from dfqlib import batchnorm, clipping, data, generators, integer, losses, models, quantizer, synthesis, training
 from dfqlib.checkpoints import load_checkpoint
 from dfqlib.data import image_folder, load_data
 from dfqlib.diagnose import diagnose
-from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.evaluate import agreement, compare, evaluate
 from dfqlib.export import export_onnx
 from dfqlib.export.verify import verify_export

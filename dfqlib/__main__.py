@@ -5,6 +5,7 @@ Taught in notebook 07.
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for a notebook that failed, 2 for an input that cannot be used, 130 for Ctrl-C.
     """
+    usual, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         options = _parser().parse_args(argv)
         run: Callable[[argparse.Namespace], int] = options.run
@@ -58,6 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dfqlib: interrupted; nothing more is written", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = usual
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One line for a warning, without its place in the code, which is no place of the user's."""
+    return f"dfqlib: warning: {' '.join(str(message).split())}\n"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -178,7 +189,9 @@ def _add_run(group: Any) -> None:
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
     group.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
-    group.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: what PyTorch takes)")
+    group.add_argument(
+        "--threads", type=_count, metavar="N", help="CPU threads, at most one per core (default: what PyTorch takes)"
+    )
     group.add_argument(
         "--resume", type=Path, metavar="FILE", help="save progress there, and go on from there if it exists"
     )

@@ -6,6 +6,7 @@ checkpoint, the images to evaluate on. What was made is written before it is eva
 
 import argparse
 import ast
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfqlib import models, recipes
+from dfqlib import integer, models, recipes
 from dfqlib.batchnorm import RECIPES_WITH_IMAGES
 from dfqlib.errors import InputError
 from dfqlib.evaluate import Batches, agreement, compare_classes, predict_classes
@@ -30,6 +31,8 @@ from dfqlib.training import check_writable
 INTEGER_SHARE = 0.2
 """Share of fine-tuning done in integers when the result leaves as integers."""
 COMPARED = ("top-1 %", "difference", "agreement %", "seconds")
+NAMED_LAYERS = 4
+"""Up to so many layers with narrowed channels are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def quantize(options: argparse.Namespace) -> int:
     settings = read_settings(options.settings, options.recipe, options.budget)
     _check_images(options)
     if options.threads is not None:
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(_usable_threads(options.threads))
     subject = load_subject(options)
     subject.model.to(recipes.usable_device(options.device, subject.model))
     as_integers = options.output.suffix == ".onnx"
@@ -77,8 +80,10 @@ def quantize(options: argparse.Namespace) -> int:
         subject.model, subject.image_shape, spec, recipe=options.recipe, budget=options.budget, seed=options.seed,
         progress=not options.quiet, checkpoint=options.resume, **settings,
     )  # fmt: skip
+    narrowed = ""
     if as_integers:
         export_onnx(report, options.output, subject.image_shape, options.container)
+        narrowed = _narrowed(report.model)
         # What the table says is what the file does.
         report = replace(report, model=integer_network(report, subject.image_shape))
     else:
@@ -95,8 +100,16 @@ def quantize(options: argparse.Namespace) -> int:
     )
     print(summary(report, subject.model, reference, options.evaluate))
     reader = "an integer network for ONNX Runtime" if as_integers else "read it with dfqlib.load_quantized"
-    print(f"\nwritten: {options.output} ({options.output.stat().st_size / 1e6:.2f} MB; {reader})")
+    print(f"\nwritten: {options.output} ({options.output.stat().st_size / 1e6:.2f} MB; {reader}){narrowed}")
     return 0
+
+
+def _usable_threads(asked: int) -> int:
+    """No more than there are cores: more would wait for one another, and very many end the process."""
+    cores = os.cpu_count() or 1
+    if asked > cores:
+        print(f"dfqlib: --threads {asked}: this machine has {cores} cores, {cores} threads are used", file=sys.stderr)
+    return min(asked, cores)
 
 
 def _check_images(options: argparse.Namespace) -> None:
@@ -121,13 +134,24 @@ def export(options: argparse.Namespace) -> int:
         raise InputError(f"{options.checkpoint} does not say how large its images are; give --image-shape C,H,W")
     channels, height, width = shape
     written = export_onnx(network, options.output, (channels, height, width), options.container)
-    print(f"written: {written} ({written.stat().st_size / 1e6:.2f} MB; an integer network for ONNX Runtime)")
+    size = f"{written.stat().st_size / 1e6:.2f} MB"
+    print(f"written: {written} ({size}; an integer network for ONNX Runtime){_narrowed(network)}")
     if options.evaluate is not None:
         described = [saved[name] and tuple(saved[name]) for name in ("mean", "std", "classes")]
         loader = labelled_images(options.evaluate, Subject(network, saved["arch"], tuple(shape), *described))
         images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
         print(f"\non {options.evaluate}:\n{verify_export(network, written, images, labels)}")
     return 0
+
+
+def _narrowed(network: nn.Module) -> str:
+    """What an exported file of ``network`` stores in 7 bits, as a line of its own; empty if nothing."""
+    counts = integer.narrowed(network)
+    if not counts:
+        return ""
+    total = f"{sum(counts.values())} in {len(counts)} layers"
+    which = ", ".join(f"{count} of {name}" for name, count in counts.items()) if len(counts) <= NAMED_LAYERS else total
+    return f"\nchannels stored in 7 bits instead of 8, to compute the same on any processor: {which}"
 
 
 def list_models(_: argparse.Namespace) -> int:

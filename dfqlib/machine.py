@@ -1,7 +1,7 @@
-"""What computes here: the processor's name, the instructions that count, and whether it multiplies bfloat16.
+"""What computes here: the processor's name, those of its instructions that count, and whether it multiplies bfloat16.
 
-The kernels of another processor's kind are chosen by the environment, ``ONEDNN_MAX_CPU_ISA=AVX2
-ATEN_CPU_CAPABILITY=avx2`` for example; what is said here follows.
+The environment can make PyTorch's libraries take the kernels of an older processor (``ONEDNN_MAX_CPU_ISA=AVX2
+ATEN_CPU_CAPABILITY=avx2``); what is said here follows.
 """
 
 import os
@@ -10,28 +10,38 @@ from pathlib import Path
 
 import torch
 
-VNNI = "VNNI"
-"""Products of 8-bit integers are summed in 32 bits: without these instructions x86 sums pairs of them in 16."""
+FEATURES = {
+    "AVX2": ("avx2",),
+    "AVX-512": ("avx512f",),
+    "VNNI": ("avx512_vnni", "avx_vnni"),
+    "bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "AMX": ("amx_int8",),
+    "NEON": ("asimd", "neon"),
+    "dot products": ("asimddp",),
+    "I8MM": ("i8mm",),
+}
+"""Instructions that decide how fast, and how exactly, a network is computed, and what Linux calls them."""
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 def processor(device: torch.device | str = "cpu") -> str:
-    """Name and instructions, such as ``"Intel(R) Core(TM) i5-8250U, AVX2"``, or the name of the GPU."""
+    """Name and instructions, such as ``"Intel(R) Core(TM) i5-8250U CPU @ 1.60GHz (AVX2)"``, or the name of the GPU."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = _from_cpuinfo("model name") or platform.processor() or platform.machine()
-    return ", ".join([name, *instructions()])
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name)]
+    return ", limited by ".join([_name_and_features(), *([" ".join(limits)] if limits else [])])
 
 
-def instructions() -> list[str]:
-    """The kernels that PyTorch takes (``"AVX512"``, ``"AVX2"``, ``"DEFAULT"``), then ``"VNNI"`` and ``"bfloat16"``."""
-    found = [torch.backends.cpu.get_cpu_capability()]
-    if "vnni" in (_from_cpuinfo("flags") or ""):
-        found.append(VNNI)
-    if has_bfloat16(torch.device("cpu")):
-        found.append("bfloat16")
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    return [*found, f"oneDNN limited to {limit}"] if limit not in ("", "DEFAULT", "ALL") else found
+def _name_and_features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return f"{platform.processor() or platform.machine()} (the system does not say which instructions it has)"
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = set(said.get("flags", said.get("Features", "")).split())
+    features = [name for name, names in FEATURES.items() if flags.intersection(names)]
+    return f"{said.get('model name', platform.machine())} ({', '.join(features) or 'none of ' + ', '.join(FEATURES)})"
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -42,12 +52,3 @@ def has_bfloat16(device: torch.device) -> bool:
         return False
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return native and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _from_cpuinfo(field: str) -> str | None:
-    """A field of the first processor that Linux lists; None elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), None)

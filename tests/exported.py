@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfqlib._torchvision import import_torchvision
 from dfqlib.export.verify import load
 from dfqlib.quantizer import QuantSpec, calibrate, quantize_layers
 
@@ -106,6 +107,25 @@ class Arithmetic(Mobile):
         x = self.stem(x)
         x = x * F.relu6(x + 3) / 6
         return self.head(1 - 0.5 * self.linear(-x))
+
+
+NETWORKS: dict[str, tuple[type[nn.Module], Shape]] = {
+    "residual": (Residual, (3, 8, 8)),
+    "gated": (Gated, (3, 8, 8)),
+    "branches": (Branches, (3, 8, 8)),
+    "whole_conv": (WholeConv, (3, 6, 6)),
+    "arithmetic": (Arithmetic, (3, 8, 8)),
+}
+
+
+def from_torchvision(name: str) -> tuple[nn.Module, Shape]:
+    """A network of torchvision with random weights and the statistics that belong to them, and images' shape."""
+    model, shape = getattr(import_torchvision().models, name)(num_classes=10), (3, 64, 64)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None  # the statistics of all that came in, which keep random weights from fading
+    model.train()(torch.randn(8, *shape))
+    return model.eval(), shape
 
 
 def quantized(model: nn.Module, shape: Shape, bits: str = "w4a4", **options: Any) -> nn.Module:

@@ -8,39 +8,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exported import (
-    Arithmetic,
-    Branches,
-    Gated,
-    Mobile,
-    Residual,
-    Shape,
-    WholeConv,
-    logits_of_file,
-    odd_batch_norms,
-    quantized,
-)
+from exported import NETWORKS, Mobile, Residual, from_torchvision, logits_of_file, odd_batch_norms, quantized
 from torch import nn
 from torch.nn import functional as F
 
 import dfqlib
 from dfqlib import integer
 from dfqlib.__main__ import main
-from dfqlib._torchvision import import_torchvision
 from dfqlib.evaluate import predict
 from dfqlib.export import Container, export_onnx, integer_network
 from dfqlib.export.verify import FLOAT_TORCH, float_network, verify_export
 from dfqlib.integer.layer import IntegerLayer
 from dfqlib.networks.resnet import CifarResNet
 from dfqlib.quantizer import QuantSpec, StepQuantizer, calibrate, quantize_layers, quantizers
-
-NETWORKS: dict[str, tuple[type[nn.Module], Shape]] = {
-    "residual": (Residual, (3, 8, 8)),
-    "gated": (Gated, (3, 8, 8)),
-    "branches": (Branches, (3, 8, 8)),
-    "whole_conv": (WholeConv, (3, 6, 6)),
-    "arithmetic": (Arithmetic, (3, 8, 8)),
-}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -90,12 +70,8 @@ def test_linear_layers_are_one_kernel_each_and_the_last_one_ends_in_floats(
 
 @pytest.mark.parametrize(("name", "layers"), [("resnet18", 20), ("mobilenet_v2", 52)])
 def test_networks_of_torchvision_leave_as_they_come(name: str, layers: int, tmp_path: Path) -> None:
-    model, shape = getattr(import_torchvision().models, name)(num_classes=10), (3, 64, 64)
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = None  # the statistics of all that came in, which keep random weights from fading
-    model.train()(torch.randn(8, *shape))
-    network = quantized(model.eval(), shape, granularity="channel")
+    model, shape = from_torchvision(name)
+    network = quantized(model, shape, granularity="channel")
     images = torch.randn(4, *shape)
     integer.prepare(network, images)
     found, operations = logits_of_file(export_onnx(network, tmp_path / "net.onnx", shape, "int4"), images)
@@ -161,6 +137,11 @@ def test_digits_leave_as_integers_with_their_accuracy(bits: str, tmp_path: Path)
     assert set(check.milliseconds[FLOAT_TORCH]) == {1, 64}
     assert "100.00 % of 200 images" in str(check)
     assert "every layer runs in integers: yes (9 QLinearConv, 1 QGemm)" in str(check)
+    assert (check.exact_agreement, check.exact_largest_difference, check.exact_top1) == (100, 0, check.file_top1)
+    assert f"top-1: file {check.file_top1:.2f} %, with exact kernels {check.file_top1:.2f} %" in str(check)
+    assert check.model_agreement > (90 if bits == "w3a3" else 98)
+    assert f"agreement with the fake-quantized network: {check.model_agreement:.2f} %" in str(check)
+    assert check.processor in str(check).splitlines()[-1]
 
 
 def test_resnet20_on_real_images(shared_data: Path, tmp_path: Path) -> None:
@@ -320,7 +301,7 @@ def test_the_last_steps_of_express_can_be_those_of_the_file(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "model", [Residual, Mobile, lambda: nn.Sequential(Residual().stem, Residual().conv, nn.Flatten())]
 )
-@pytest.mark.parametrize("bits", ["w4a4", "w2a2"])
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w2a2"])
 def test_a_settled_network_computes_what_its_integers_do(model: Callable[[], nn.Module], bits: str) -> None:
     network, images = quantized(odd_batch_norms(model()), (3, 8, 8), bits), torch.randn(64, 3, 8, 8)
     integer.prepare(network, images)
@@ -364,7 +345,11 @@ def test_the_command_line_exports_at_once_or_later(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     later = ["export", str(tmp_path / "q.pt"), "--output", str(tmp_path / "later.onnx"), "--evaluate", "digits"]
     assert main(later) == 0
-    assert "agreement with the integer simulation: 100.00 % of 500 images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "agreement with the integer simulation: 100.00 % of 500 images" in printed
+    network = dfqlib.load_quantized(tmp_path / "q.pt")
+    stored = ", ".join(f"{count} of {layer}" for layer, count in integer.narrowed(network).items())
+    assert f"channels stored in 7 bits instead of 8, to compute the same on any processor: {stored}\n" in printed
     assert (tmp_path / "direct.onnx").stat().st_size < (tmp_path / "later.onnx").stat().st_size
 
 

@@ -23,6 +23,7 @@ from dfqlib.evaluate import predict
 from dfqlib.export import Quantized, import_extra, integer_network, network_of, shapes_of
 from dfqlib.export.operators import float_model
 from dfqlib.export.writer import INPUT
+from dfqlib.machine import processor
 from dfqlib.quantizer import set_mode
 
 BATCHES = (1, 64)
@@ -32,35 +33,50 @@ TURNS = 3
 SECONDS = 0.05
 """How long, at least, in each turn."""
 INTEGER_FILE, FLOAT_FILE, FLOAT_TORCH = "integer file", "ONNX Runtime FP32", "PyTorch FP32"
+EXACT = "session.x64quantprecision"
+"""The option with which ONNX Runtime takes kernels that cannot saturate where the fast ones could."""
 
 
 @dataclass(frozen=True)
 class ExportCheck:
     """What ``verify_export`` found.
 
+    The file runs as it does for anyone who opens it, in a *default* session, and beside it in an *exact* one, whose
+    kernels cannot saturate. A file of ``export_onnx`` answers the same in both, on every processor.
+
     Attributes:
-        images: how many images both networks saw.
-        agreement: share of them on which file and simulation choose the same class, in percent.
+        images: how many images the networks saw.
+        agreement: share of them on which file and integer simulation choose the same class, in percent.
         largest_difference: between the two's logits.
-        file_top1: accuracy of the file in percent; None without labels, as for the next two.
+        exact_agreement: the same share in the exact session.
+        exact_largest_difference: the same difference in the exact session.
+        model_agreement: share on which the file chooses the class of the fake-quantized network.
+        file_top1: accuracy of the file in percent; None without labels, as for the next three.
+        exact_top1: accuracy of the file in the exact session.
         simulation_top1: accuracy of the integer simulation.
         model_top1: accuracy of the fake-quantized network.
         file_bytes: size of the file.
         float_bytes: size of the same network as an FP32 ONNX file, BatchNorm folded.
         operations: how many nodes of each kind ONNX Runtime executes, after its optimizations.
         milliseconds: median processor time on one thread: engine, then batch size.
+        processor: what all this ran on: its name, and those of its instructions that integer kernels care about.
     """
 
     images: int
     agreement: float
     largest_difference: float
+    exact_agreement: float
+    exact_largest_difference: float
+    model_agreement: float
     file_top1: float | None
+    exact_top1: float | None
     simulation_top1: float | None
     model_top1: float | None
     file_bytes: int
     float_bytes: int | None
     operations: dict[str, int]
     milliseconds: dict[str, dict[int, float]]
+    processor: str
 
     @property
     def all_integer(self) -> bool:
@@ -78,15 +94,21 @@ class ExportCheck:
         lines = [
             f"agreement with the integer simulation: {self.agreement:.2f} % of {self.images:,} images, "
             f"logits differ by at most {self.largest_difference:.2g}",
+            f"the same with ONNX Runtime's exact kernels ({EXACT}): {self.exact_agreement:.2f} %, "
+            f"{self.exact_largest_difference:.2g}",
+            f"agreement with the fake-quantized network: {self.model_agreement:.2f} %",
             f"size: {self.file_bytes / 1e3:,.0f} kB"
             + (f", {self.float_bytes / self.file_bytes:.1f} times smaller than FP32" if self.float_bytes else ""),
             f"every layer runs in integers: {'yes' if self.all_integer else 'no'} ({kernels})",
         ]
         if self.file_top1 is not None:
-            lines.insert(1, f"top-1: file {self.file_top1:.2f} %, fake-quantized network {self.model_top1:.2f} %")
+            exact = f"with exact kernels {self.exact_top1:.2f} %"
+            network = f"fake-quantized network {self.model_top1:.2f} %"
+            lines.insert(3, f"top-1: file {self.file_top1:.2f} %, {exact}, {network}")
         for batch in BATCHES:
             times = ", ".join(f"{engine} {each[batch]:.2f} ms" for engine, each in self.milliseconds.items())
             lines.append(f"batch {batch}: {times}")
+        lines.append(f"on one thread of: {self.processor}")
         return "\n".join(lines)
 
 
@@ -94,6 +116,11 @@ def verify_export(
     report: Quantized | nn.Module, path: str | os.PathLike[str], images: Tensor, labels: Tensor | None = None
 ) -> ExportCheck:
     """Run an exported file beside the network it came from.
+
+    The file runs with ONNX Runtime's default options, on one thread, as it will for whoever gets it. On x86 processors
+    without VNNI the kernels of such a session cut pairs of products to 16 bits; ``export_onnx`` sees to it that nothing
+    in its files is large enough for that. As evidence the file runs a second time with the option that takes exact
+    kernels instead, and must answer the same. Latencies are those of the default session.
 
     Args:
         report: what was given to ``export_onnx``.
@@ -118,7 +145,7 @@ def verify_export(
     image_shape = (images.shape[1], images.shape[2], images.shape[3])
     simulation = integer_network(report, image_shape)
     session, operations = load(path)
-    found = _run(session, images.cpu(), path)
+    found, exact = (_run(each, images.cpu(), path) for each in (session, load(path, exact=True)[0]))
     engines: dict[str, Callable[[Tensor], Any]] = {INTEGER_FILE: lambda x: session.run(None, {INPUT: x.numpy()})}
     float_bytes = _add_float_engines(engines, network_of(report), simulation, image_shape)
     # Timed before PyTorch runs larger batches: memory kept from those would hide what its allocations cost.
@@ -126,22 +153,33 @@ def verify_export(
     expected = predict(simulation, images)
     if found.shape != expected.shape:
         raise InputError(f"path={path} returns logits of shape {tuple(found.shape)}; give the file of this network")
+    model = predict(network_of(report), images)
     return ExportCheck(
         images=len(images),
-        agreement=100 * float((found.argmax(1) == expected.argmax(1)).float().mean()),
+        agreement=_share(found, expected.argmax(1)),
         largest_difference=float((found - expected).abs().max()),
+        exact_agreement=_share(exact, expected.argmax(1)),
+        exact_largest_difference=float((exact - expected).abs().max()),
+        model_agreement=_share(found, model.argmax(1)),
         file_top1=_top1(found, labels),
+        exact_top1=_top1(exact, labels),
         simulation_top1=_top1(expected, labels),
-        model_top1=None if labels is None else _top1(predict(network_of(report), images), labels),
+        model_top1=_top1(model, labels),
         file_bytes=path.stat().st_size,
         float_bytes=float_bytes,
         operations=operations,
         milliseconds=milliseconds,
+        processor=processor(),
     )
 
 
-def load(file: Path | bytes) -> tuple[Any, dict[str, int]]:
+def load(file: Path | bytes, exact: bool = False) -> tuple[Any, dict[str, int]]:
     """An ONNX Runtime session of one thread, and what its optimized graph consists of.
+
+    Args:
+        file: the file, or its content.
+        exact: take kernels that cannot saturate where the default ones could: on x86 without VNNI they make up to
+            twice the time of it.
 
     Raises:
         InputError: no such file, or not one that the installed ONNX Runtime can run.
@@ -149,35 +187,30 @@ def load(file: Path | bytes) -> tuple[Any, dict[str, int]]:
     runtime, onnx = import_extra("onnxruntime"), import_extra("onnx")
     if isinstance(file, Path) and not file.is_file():
         raise InputError(f"path={file} does not exist; write it with dfqlib.export_onnx")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    if not _sums_exactly():
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        try:
-            source = file if isinstance(file, bytes) else file.read_bytes()
-            session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its exceptions share no base class
-            raise InputError(
-                f"path={file if isinstance(file, Path) else '(FP32)'}: ONNX Runtime {runtime.__version__} cannot load "
-                f"it ({str(error).splitlines()[0]}); update onnxruntime, or export it again for an older one "
-                'with container="int8"'
-            ) from error
-        optimized = onnx.load(options.optimized_model_filepath)
+    try:
+        source = file if isinstance(file, bytes) else file.read_bytes()
+        session = runtime.InferenceSession(source, _options(runtime, exact), providers=["CPUExecutionProvider"])
+        with tempfile.TemporaryDirectory() as folder:
+            writing = _options(runtime, exact)
+            writing.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+            runtime.InferenceSession(source, writing, providers=["CPUExecutionProvider"])
+            optimized = onnx.load(writing.optimized_model_filepath)
+    except Exception as error:  # its exceptions share no base class
+        raise InputError(
+            f"path={file if isinstance(file, Path) else '(FP32)'}: ONNX Runtime {runtime.__version__} cannot load "
+            f"it ({str(error).splitlines()[0]}); update onnxruntime, or export it again for an older one "
+            'with container="int8"'
+        ) from error
     return session, dict(Counter(node.op_type for node in optimized.graph.node))
 
 
-def _sums_exactly() -> bool:
-    """Whether the fast 8-bit kernel is exact here: without VNNI instructions that of x86 saturates its 16-bit sums.
-
-    ONNX Runtime has an exact one instead, which takes twice as long for weights of 8 bits.
-    """
-    try:
-        return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # another system, which does not say
-        return False
+def _options(runtime: Any, exact: bool) -> Any:
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if exact:
+        options.add_session_config_entry(EXACT, "1")
+    return options
 
 
 def _run(session: Any, images: Tensor, path: Path) -> Tensor:
@@ -190,9 +223,12 @@ def _run(session: Any, images: Tensor, path: Path) -> Tensor:
 
 
 def _top1(logits: Tensor, labels: Tensor | None) -> float | None:
-    if labels is None:
-        return None
-    return 100 * float((logits.argmax(1) == labels.cpu()).float().mean())
+    return None if labels is None else _share(logits, labels.cpu())
+
+
+def _share(logits: Tensor, classes: Tensor) -> float:
+    """On how many images the logits choose these classes, in percent."""
+    return 100 * float((logits.argmax(1) == classes).float().mean())
 
 
 def _add_float_engines(

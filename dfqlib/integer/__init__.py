@@ -19,7 +19,7 @@ from dfqlib.integer.layer import IntegerLayer
 from dfqlib.integer.lowering import PREFIX, Lowering, without_quantizers
 from dfqlib.quantizer import AffineQuantizer, StepQuantizer, quantizers
 
-__all__ = ["PREFIX", "attach", "prepare", "prepare_from_noise", "settle", "simulate", "without_quantizers"]
+__all__ = ["PREFIX", "attach", "narrowed", "prepare", "prepare_from_noise", "settle", "simulate", "without_quantizers"]
 
 MARGIN = 1.5
 """How far beyond noise's own range a grid reaches when there are no images: real activations have longer tails."""
@@ -29,8 +29,9 @@ def simulate(network: nn.Module) -> fx.GraphModule:
     """The integer network of a fake-quantized one, in eval mode: images in, logits out, codes in between.
 
     It shares weights, steps and BatchNorm with ``network``: train either and both have learned. It computes what the
-    exported file computes, code by code. It differs from the prepared network by the bias grid, and in
-    channels of negative BatchNorm gain, whose most negative weight code has no positive twin.
+    exported file computes, code by code. It differs from the prepared network by the bias grid, in channels of negative
+    BatchNorm gain, whose most negative weight code has no positive twin, and in channels of 8-bit weights that are
+    stored in 7 bits (``narrowed``).
 
     Args:
         network: what ``quantize_layers`` made of a model: symmetric scheme, calibrated, and after ``prepare``.
@@ -53,9 +54,9 @@ def simulate(network: nn.Module) -> fx.GraphModule:
 def prepare(network: nn.Module, images: Tensor) -> None:
     """Quantize what only integers need quantized: give each tensor that has no grid yet one of 8 bits, in place.
 
-    The network then *is* what the integer file computes, up to the rounding of biases: its accuracy is the file's,
-    and fine-tuning it goes on under the conditions of the file. The new quantizers are submodules ``store_*``.
-    ``settle`` rounds the biases too.
+    The network then *is* what the integer file computes, up to the rounding of biases and of weights that are stored in
+    7 bits (``narrowed``): its accuracy is the file's, and fine-tuning it goes on under the conditions of the file. The
+    new quantizers are submodules ``store_*``. ``settle`` rounds the rest, too.
 
     Args:
         network: what ``quantize_layers`` made of a model, calibrated. Grids it has stay as they are.
@@ -78,8 +79,9 @@ def prepare(network: nn.Module, images: Tensor) -> None:
 def settle(network: nn.Module) -> None:
     """Write into a prepared network what its integers will round, in place: its accuracy is then the file's.
 
-    That is the grid of each bias, and in channels of negative BatchNorm gain the most negative weight code, which has
-    no positive twin. ``simulate`` rounds both anyway, and goes on doing so when the network is trained further.
+    That is the grid of each bias, in channels of negative BatchNorm gain the most negative weight code, which has no
+    positive twin, and the weights of 7 bits (``narrowed``), which are even codes of 8 bits. ``simulate`` rounds them
+    anyway, and goes on doing so when the network is trained further.
 
     Args:
         network: as for ``simulate``.
@@ -89,6 +91,23 @@ def settle(network: nn.Module) -> None:
     for module in simulate(network).modules():
         if isinstance(module, IntegerLayer):
             module.settle()
+
+
+def narrowed(network: nn.Module) -> dict[str, int]:
+    """How many channels of each layer an exported file stores in 7 bits instead of 8; layers without any are left out.
+
+    On x86 processors without VNNI instructions the fast kernels add the products of two inputs and weights in 16 bits,
+    and cut what goes beyond. Channels of 8-bit weights in which two products could do so get a grid of 7 bits, twice
+    as coarse, and then the file computes the same everywhere.
+
+    Args:
+        network: as for ``simulate``, before or after ``prepare``.
+
+    Taught in notebook 10.
+    """
+    layers = Lowering(_checked(network)).lower().modules()
+    counts = {layer.name: int(layer.narrowed.sum()) for layer in layers if isinstance(layer, IntegerLayer)}
+    return {name: count for name, count in counts.items() if count}
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfqlib.integer.codes import Grid, RoundClamp, to_codes
+from dfqlib.convolution import convolve
+from dfqlib.integer.codes import Grid, RoundClamp, to_codes, zero_point
 from dfqlib.quantizer import QuantConv2d, QuantLinear, StepQuantizer
 
 EXACT = 2.0**24
@@ -17,6 +18,10 @@ LARGEST_BIAS = 2.0**23
 """Largest bias in units of its accumulator; it leaves the int32 accumulator all the room a layer needs."""
 SMALLEST_GAIN = 1e-12
 """A BatchNorm gain below this is that of a dead channel: its weights become zero and its bias remains."""
+LARGEST_PAIR = 2**15 - 1
+"""The most that two products may add up to: x86 processors without VNNI add pairs of them in 16 bits, and saturate."""
+NARROWED_CODE = 63
+"""Largest code of a channel whose weights are stored in 7 bits; it and its negative are half of a code of 8 bits."""
 
 
 class IntegerLayer(nn.Module):
@@ -25,6 +30,12 @@ class IntegerLayer(nn.Module):
     BatchNorm multiplies channel c by ``gain = gamma / sqrt(var + eps)``, so codes of step s become codes of step
     ``s * |gain|``, with the sign flipped where the gain is negative. The most negative code has no positive twin and
     becomes the most positive one there. A BatchNorm without a layer before it is one weight of code 1 per channel.
+
+    The integers are the same on every processor. Without VNNI instructions x86 multiplies unsigned 8-bit inputs by
+    signed 8-bit weights, adds the products in pairs, and cuts each pair to 16 bits. A channel of 8-bit weights in which
+    any two could go beyond that is therefore stored in 7 bits: its codes are rounded on a grid twice as coarse, where
+    the largest input that the runtime carries, 255, times two codes of 63 fits. All other codes stay as they are, and
+    no weight of 7 bits or fewer is ever touched.
 
     Args:
         name: of the layer, for messages.
@@ -64,14 +75,15 @@ class IntegerLayer(nn.Module):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Write into layer and BatchNorm what ``integers`` rounds: the bias onto its grid, codes without a twin up.
+        """Write into layer and BatchNorm what ``integers`` rounds: biases, codes without a twin, weights of 7 bits.
 
-        The fake-quantized network then computes what the integers do, to rounding.
+        The fake-quantized network then computes what the integers do, to rounding. A weight of 7 bits is written as the
+        even code of 8 bits that it is, so that a settled layer settles to itself.
         """
-        _, codes, scale = self.integers()
-        _, step, bias = self._quantized()
+        _, whole, scale = self.integers()
+        codes, step, bias = self._quantized()
         gain, shift = (torch.ones_like(bias), torch.zeros_like(bias)) if self.norm is None else _affine(self.norm)
-        missing = codes * self.source.step * scale - (bias * gain + shift)
+        missing = whole * self.source.step * scale - (bias * gain + shift)
         if self.norm is not None and self.norm.bias is not None:
             self.norm.bias.add_(missing)
         elif self.norm is not None and self.norm.running_mean is not None:
@@ -81,7 +93,7 @@ class IntegerLayer(nn.Module):
         if self.layer is not None:
             weight = self.layer.weight
             lowest = _rows(torch.where(gain < 0, -self.largest_code * step, -torch.inf), weight)
-            weight.copy_(torch.maximum(weight, lowest))
+            weight.copy_(torch.where(_rows(self.narrowed, weight), codes * _rows(step, weight), weight.maximum(lowest)))
 
     @property
     def bits(self) -> int:
@@ -92,6 +104,12 @@ class IntegerLayer(nn.Module):
     def largest_code(self) -> int:
         """Largest weight code."""
         return int(2 ** (self.bits - 1)) - 1
+
+    @property
+    def narrowed(self) -> Tensor:
+        """Channels whose weights are stored in 7 bits instead of 8: booleans (channels,)."""
+        none = torch.zeros(self.channels, dtype=torch.bool, device=self.source.step.device)
+        return self._saturates(self._in_steps()[1]) if self._can_saturate else none
 
     @property
     def is_convolution(self) -> bool:
@@ -112,11 +130,38 @@ class IntegerLayer(nn.Module):
         none = like.new_zeros(self.channels)
         if self.layer is None:
             return like.new_ones(self.channels, 1, 1, 1), like.new_ones(()), none
+        scaled, codes, step = self._in_steps()
+        if self._can_saturate:
+            narrowed = self._saturates(codes)
+            codes = torch.where(_rows(narrowed, codes), _halved(codes, scaled), codes)
+            step = torch.where(narrowed, 2 * step, step)
+        return codes, step, none if self.layer.bias is None else self.layer.bias
+
+    def _in_steps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's weights in units of their step, the codes that its quantizer makes of them, and the step."""
+        assert self.layer is not None
         weight, grid = self.layer.weight, self.layer.weight_quantizer
         assert isinstance(grid, StepQuantizer)
         step = grid.step
-        codes = to_codes(weight / (step if step.numel() == 1 else _rows(step, weight)), grid)
-        return codes, step, none if self.layer.bias is None else self.layer.bias
+        scaled = weight / (step if step.numel() == 1 else _rows(step, weight))
+        return scaled, to_codes(scaled, grid), step
+
+    @property
+    def _can_saturate(self) -> bool:
+        """Whether two products could, if their codes were the largest; never with weights of 7 bits or fewer."""
+        return 2 * (self.largest_code + 1) * self._largest_input > LARGEST_PAIR
+
+    @property
+    def _largest_input(self) -> int:
+        """The largest unsigned byte that a runtime carries for an input's code."""
+        return self.source.qmax + zero_point(self.source)
+
+    def _saturates(self, codes: Tensor) -> Tensor:
+        """Channels in which any two products of one sign could: booleans (channels,)."""
+        flat = codes.detach().flatten(1)
+        by_sign = torch.stack([flat, -flat]).clamp(min=0)
+        largest_pair = by_sign.topk(min(2, flat.shape[1])).values.sum(2).amax(0)
+        return largest_pair * self._largest_input > LARGEST_PAIR
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -139,7 +184,13 @@ class IntegerLayer(nn.Module):
             return F.conv2d(x, weight, bias, groups=self.channels)
         if isinstance(self.layer, nn.Linear):
             return F.linear(x, weight, bias)
-        return self.layer._conv_forward(x, weight, bias)
+        return convolve(self.layer, x, weight, bias)
+
+
+def _halved(codes: Tensor, scaled: Tensor) -> Tensor:
+    """``scaled`` weights rounded to twice the step, once and from what they were; the gradient is that of ``codes``."""
+    half = codes / 2
+    return half + ((scaled / 2).round().clamp(-NARROWED_CODE, NARROWED_CODE) - half).detach()
 
 
 def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
