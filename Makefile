@@ -1,6 +1,7 @@
 # make tutorial   run every notebook, write build/tutorial/index.html
-# make test       lint, types, unit tests, notebooks against their committed outputs
-# make test-lowest  the unit tests with the lowest versions that pyproject.toml allows (an environment of its own)
+# make test       lint, types, unit tests, notebooks against their committed outputs, here and as an older processor
+# make test-lowest  the unit tests with the lowest versions that pyproject.toml allows, in .venv-lowest (some GB)
+# make test-newest  the unit tests with the newest versions there are, in .venv-newest (some GB)
 # make lab        open the notebooks in JupyterLab
 # make site       the lessons as they were committed, and the reference, as build/site/index.html
 # make refresh    run the notebooks again in place and keep the new outputs
@@ -21,11 +22,13 @@ MORE_STAMP := $(VENV)/.stamp-more
 MORE_EXTRAS := browser,site
 CONSTRAINTS := constraints.txt
 LOWEST := .venv-lowest
-LOWEST_EXTRAS := notebooks,export,test
+NEWEST := .venv-newest
+UNIT_EXTRAS := notebooks,export,test
 PYTEST := python -m pytest -n 2 --dist loadfile
+OLDER := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
 AT_LEAST_3_11 := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help install tutorial test test-lowest lab site refresh bench browser binder binder-check clean
+.PHONY: help install tutorial test test-lowest test-newest lab site refresh bench browser binder binder-check clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -53,7 +56,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@touch $@
 
 $(LOWEST)/constraints.txt: pyproject.toml tools/lowest.py | $(LOWEST)/bin/python
-	@$(LOWEST)/bin/python tools/lowest.py $(LOWEST_EXTRAS) >$@.new && mv $@.new $@
+	@$(LOWEST)/bin/python tools/lowest.py $(UNIT_EXTRAS) >$@.new && mv $@.new $@
 
 # Only `make test` and `make site` need these.
 $(MORE_STAMP): $(STAMP)
@@ -71,11 +74,17 @@ test: $(MORE_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/$(PYTEST) --nbval tests notebooks
+	@[ "$$(uname -m)" != x86_64 ] || echo "The lessons once more, as an x86 processor without AVX-512, bfloat16 and VNNI computes them"
+	[ "$$(uname -m)" != x86_64 ] || $(OLDER) $(BIN)/$(PYTEST) --nbval notebooks
 
 # The site and the browser are left out: their tests skip. So are the notebooks, whose outputs are of the tested versions.
 test-lowest:
-	@$(MAKE) --no-print-directory install VENV=$(LOWEST) CONSTRAINTS=$(LOWEST)/constraints.txt EXTRAS=$(LOWEST_EXTRAS)
+	@$(MAKE) --no-print-directory install VENV=$(LOWEST) CONSTRAINTS=$(LOWEST)/constraints.txt EXTRAS=$(UNIT_EXTRAS)
 	$(LOWEST)/bin/$(PYTEST) tests
+
+test-newest:
+	@$(MAKE) --no-print-directory install VENV=$(NEWEST) CONSTRAINTS=/dev/null EXTRAS=$(UNIT_EXTRAS)
+	$(NEWEST)/bin/$(PYTEST) tests
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)

@@ -10,11 +10,14 @@ import textwrap
 import tomllib
 from pathlib import Path
 
+import lowest
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import dfqlib
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -75,6 +78,33 @@ def test_pins_hold_for_every_build_of_a_version():
 def test_make_installs_every_extra():
     lists = re.findall(r"^(?:MORE_)?EXTRAS := (.+)$", read("Makefile"), re.M)
     assert {extra for line in lists for extra in line.split(",")} == set(PROJECT["optional-dependencies"])
+
+
+def test_every_extra_that_the_unit_tests_need_is_tried_at_its_floors():
+    (extras,) = re.findall(r"^UNIT_EXTRAS := (.+)$", read("Makefile"), re.M)
+    wanted = requirements(*extras.split(","))
+    assert {f"{wish.name}{wish.specifier}".replace(">=", "==") for wish in wanted} == set(
+        lowest.lowest(PROJECT, extras.split(","))
+    )
+    assert {"notebooks", "export", "test"} == set(extras.split(","))
+
+
+@pytest.mark.parametrize("line", ["torch", "torch>=2.6,<3", "torch==2.6", 'torch>=2.6; python_version < "3.12"'])
+def test_a_requirement_without_a_plain_floor_is_refused(line):
+    with pytest.raises(ValueError, match="must be name>=version"):
+        lowest.lowest({"dependencies": [line]}, [])
+
+
+def test_the_floor_of_torch_stands_in_the_package_too():
+    (torch,) = [wish for wish in requirements() if wish.name == "torch"]
+    assert str(torch.specifier) == f">={'.'.join(map(str, dfqlib._TORCH_FLOOR))}"
+
+
+def test_continuous_integration_tries_pythons_that_we_support():
+    jobs = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"]["run"]["strategy"]["matrix"]["include"]
+    pythons = {job["python"] for job in jobs}
+    assert all(python in Requirement(f"python{PROJECT['requires-python']}").specifier for python in pythons)
+    assert PROJECT["requires-python"].removeprefix(">=") in pythons
 
 
 def test_every_folder_of_the_package_is_installed():
