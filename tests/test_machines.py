@@ -30,7 +30,7 @@ def test_compiling_without_a_compiler_warns_in_one_line_and_goes_on(tmp_path: Pa
     code, _, (said,) = run_apart("-m", "dfqlib", *DIGITS, "--set=compiled=true", "--output", output, **nothing)
     assert code == 0
     assert said.startswith("dfqlib: warning: compiled=True: PyTorch cannot compile here, its own kernels are used (")
-    assert said.endswith("; install a C++ compiler")
+    assert said.endswith("; install a C++ compiler (Debian, Ubuntu: g++ and python3-dev)")
     assert output.is_file()
 
 

@@ -243,3 +243,18 @@ def test_notebooks_are_refreshed_side_by_side(tmp_path):
     assert sorted(line.split()[0] for line in done.out.splitlines()) == ["a", "b", "c"]
     for path in paths:
         assert nbformat.read(path, as_version=4).cells[2].outputs[0].text == f"{path.stem}\n"
+
+
+# lowest
+
+
+def test_floors_are_printed_as_constraints_on_the_lowest_python_alone(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 11, 2))
+    done = run_tool("lowest", "export")
+    assert (done.code, done.err) == (0, "")
+    assert "torch==2.6" in done.out.splitlines()
+    assert all("==" in line for line in done.out.splitlines())
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    done = run_tool("lowest", "export")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.endswith("on 3.13: remove .venv-lowest, then make test-lowest PYTHON=python3.11\n")

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     if running != python:
         print(
             f"The lowest versions are those of Python {python} and need not install on {running}: "
-            f"make test-lowest PYTHON=python{python}",
+            f"remove .venv-lowest, then make test-lowest PYTHON=python{python}",
             file=sys.stderr,
         )
         return 1

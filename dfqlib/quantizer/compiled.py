@@ -34,7 +34,8 @@ def compiled(network: nn.Module, images: Tensor) -> nn.Module:
     except Exception as error:  # a missing compiler shows in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
-            f"compiled=True: PyTorch cannot compile here, its own kernels are used ({reason}); install a C++ compiler",
+            f"compiled=True: PyTorch cannot compile here, its own kernels are used ({reason}); "
+            "install a C++ compiler (Debian, Ubuntu: g++ and python3-dev)",
             stacklevel=2,
         )
         return network
