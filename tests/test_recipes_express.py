@@ -308,7 +308,7 @@ def test_a_blur_keeps_the_mean_and_commutes_with_shift_and_flip(shape: tuple[int
 def test_a_blur_is_synqs_filter() -> None:
     """exp(-D^2 / (2 D0^2)) of a wave with D periods in an image."""
     waves, cutoff = 5, 20.0
-    wave = torch.cos(2 * math.pi * waves * torch.arange(32) / 32).expand(1, 1, 32, 32)
+    wave = torch.cos(2 * math.pi * waves * torch.arange(32) / 32).repeat(1, 1, 32, 1)
     blurred = _additions.low_pass(wave, 32 / (2 * math.pi * cutoff))
     torch.testing.assert_close(blurred, wave * math.exp(-(waves**2) / (2 * cutoff**2)))
 

@@ -36,7 +36,8 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (grad,), (x, step), (qmin, qmax) = grads, ctx.saved_tensors, ctx.range
-        if grad.stride() != x.stride():  # padding's gradient is channels first; mixed layouts take 4 times as long
+        # Padding's gradient is channels first; mixed layouts take 4 times as long. torch 2.6 cannot compile stride().
+        if torch.compiler.is_compiling() or grad.stride() != x.stride():
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
         scaled = x / step
         bounds = _just_beyond(qmin, x.dtype), _just_beyond(qmax, x.dtype)
