@@ -62,11 +62,11 @@ def kind_of(module: nn.Module) -> Any:
     return next(kind for kind in type(module).__mro__ if not issubclass(kind, Unstrided))
 
 
-def restore(model: nn.Module) -> nn.Module:
-    """Undo ``guard`` and ``channels_last``, in place: a network leaves with the classes and the layout it came with."""
-    for module in model.modules():
+def restore(model: nn.Module, like: nn.Module) -> nn.Module:
+    """Give a copy of ``like`` its classes back and lay it out contiguously, in place: what ``like`` guards stays so."""
+    for module, original in zip(model.modules(), like.modules(), strict=True):
         if isinstance(module, Unstrided):
-            module.__class__ = kind_of(module)
+            module.__class__ = type(original)  # type: ignore[assignment]
     return model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 

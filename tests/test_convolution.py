@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from claims import PROCESSORS
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,12 +21,6 @@ from dfqlib.models import ResNet8
 from dfqlib.quantizer import QuantConv2d, QuantSpec, quantize_layers
 from dfqlib.training import channels_last
 
-PROCESSORS = {
-    "this": {},
-    "AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
-    "SSE41": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
-}
-"""What makes oneDNN and PyTorch take the kernels of another processor."""
 CASES = Path(__file__).with_name("convolution_cases.py")
 RUNS = {
     "quantize": 'dfqlib.quantize(model, (1, 16, 16), images=9, synthesis_steps=1, steps=3, batch=9, progress=False)',
@@ -56,7 +52,7 @@ class Standardized(nn.Conv2d):
 def test_leaving_pixels_out_first_computes_the_same(kind: Any, groups: int, stride: int | tuple[int, int]) -> None:
     model = nn.Sequential(kind(4, 6, 1, stride, groups=groups), nn.Conv2d(6, 2, 1), nn.Conv2d(2, 2, 3, 2))
     x = torch.randn(2, 4, 7, 8)
-    before, names = model(x), list(model.state_dict())
+    before, names, original = model(x), list(model.state_dict()), copy.deepcopy(model)
     changed = channels_last(model)
     assert isinstance(changed[0], convolution.Unstrided) is convolution.FAULTY
     assert isinstance(changed[0], kind)
@@ -64,7 +60,7 @@ def test_leaving_pixels_out_first_computes_the_same(kind: Any, groups: int, stri
     assert convolution.kind_of(changed[0]) is kind
     assert list(changed.state_dict()) == names
     torch.testing.assert_close(changed(x), before)
-    restored = convolution.restore(changed)
+    restored = convolution.restore(changed, original)
     assert [type(layer) for layer in restored] == [kind, nn.Conv2d, nn.Conv2d]
     assert restored[0].weight.is_contiguous()
 
@@ -87,7 +83,9 @@ def test_inside_guarded_every_call_computes_the_same() -> None:
 
 
 def test_a_guarded_network_is_traced_and_quantized_as_a_plain_one() -> None:
-    plain, guarded = convolution.restore(ResNet8().eval()), channels_last(ResNet8().eval())
+    plain, guarded = ResNet8().eval(), channels_last(ResNet8().eval())
+    for layer in plain.modules():
+        layer.__class__ = convolution.kind_of(layer)
     networks = [graph.trace(each)[0] for each in (plain, guarded)]
     operations = [[graph.operation(node) for node in network.graph.nodes] for network in networks]
     assert operations[0] == operations[1]
@@ -105,6 +103,8 @@ def test_a_distilled_student_leaves_with_the_classes_and_the_layout_it_came_with
     report = dfqlib.distill(teacher, student, (1, 16, 16), recipe="dfqf", **options)
     assert [type(layer) for layer in report.model] == [type(layer) for layer in student]  # type: ignore[arg-type]
     assert report.model[0].weight.is_contiguous()  # type: ignore[index]
+    ours = dfqlib.distill(teacher, ResNet8(), (1, 16, 16), recipe="dfqf", **options).model
+    assert any(isinstance(layer, convolution.Unstrided) for layer in ours.modules()) is convolution.FAULTY
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)

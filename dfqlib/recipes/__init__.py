@@ -111,7 +111,7 @@ def distill(
     kind = {"student": type(student).__name__}
     run = _Run(model, image_shape, recipe, budget, seed, device, progress, checkpoint, method, chosen, kind)
     report = run(lambda task: method.distill(task, _fresh_student(student, task), chosen))
-    report.model = convolution.restore(report.model)
+    report.model = convolution.restore(report.model, student)
     return report
 
 
