@@ -36,7 +36,7 @@ import curve
 from cases import CASES, absent, load, real_images
 from harness import DATA, ROOT, peak_gb, provenance, save
 
-from dfqlib.machine import processor
+from dfqlib.training.machine import processor
 
 CURVE = ("steps=50", "steps=100", "steps=200", "steps=400", "steps=800")
 CURVE_CASES = ("cifar10_w4a4", "cifar10_w3a3", "cifar10_w4a4_all", "cifar10_w3a3_all")
@@ -103,7 +103,7 @@ def kept_images(job: Job, args: argparse.Namespace, teacher: Any, shape: Any) ->
     import torch
 
     import dfqlib
-    from dfqlib.training import written_whole
+    from dfqlib.training.files import written_whole
 
     path = args.images / f"{CASES[job.case].network}_{args.budget}_{job.seed}.pt"
     if not path.exists():

@@ -37,7 +37,7 @@ def draw(cases: dict[str, Any]) -> bytes:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    from dfqlib import plots
+    from dfqlib.lessons import plots
 
     plots.use_style()
     figure, axes = plt.subplots(figsize=(7, 4))

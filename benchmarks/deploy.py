@@ -27,7 +27,7 @@ from typing import Any
 from cases import load
 from harness import DATA, ROOT
 
-from dfqlib.machine import processor
+from dfqlib.training.machine import processor
 
 RUNS = [(bits, seed, steps) for bits, steps in (("w8a8", 0), ("w3a3", 0), ("w4a4", None)) for seed in (0, 1, 2)]
 """(bits, seed, fine-tuning steps; None for the budget's)."""

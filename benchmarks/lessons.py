@@ -24,9 +24,9 @@ from cases import CHECKPOINTS
 from harness import DATA, ROOT
 from PIL import Image
 
-from dfqlib.machine import processor
-from dfqlib.rerun import Job, Run, read_notebook, read_parameters, run_jobs, values_for
-from dfqlib.training import written_whole
+from dfqlib.lessons.reruns import Job, Run, read_notebook, read_parameters, run_jobs, values_for
+from dfqlib.training.files import written_whole
+from dfqlib.training.machine import processor
 
 FOR_CIFAR: dict[str, dict[str, str]] = {
     "05": {"rounds": "120", "batch": "32"},

@@ -12,7 +12,7 @@ from cases import load
 from harness import DATA, ROOT, save_picture
 
 import dfqlib
-from dfqlib import plots
+from dfqlib.lessons import plots
 
 NETWORK = "cifar10_resnet20"
 CASES = {

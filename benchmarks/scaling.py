@@ -22,9 +22,9 @@ import torch
 from harness import ROOT, provenance, save, save_picture
 from steps import CPU, SHAPE, Step, fine_tuning, synthesis_step, waiting
 
-from dfqlib.machine import processor
-from dfqlib.networks.complexity import complexity
-from dfqlib.networks.resnet import CifarResNet
+from dfqlib.models.complexity import complexity
+from dfqlib.models.resnet import CifarResNet
+from dfqlib.training.machine import processor
 
 IMAGES = (64, 128, 256, 512)
 BATCHES = (16, 32, 64, 128, 256)
@@ -100,7 +100,7 @@ def draw(content: dict[str, dict[str, Any]], path: Path) -> None:
     """A panel per quantity: points, and the line through them."""
     import matplotlib.pyplot as plt
 
-    from dfqlib import plots
+    from dfqlib.lessons import plots
 
     plots.use_style()
     figure, axes = plt.subplots(1, len(content), figsize=(3.2 * len(content), 3.4), squeeze=False)

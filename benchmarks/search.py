@@ -23,7 +23,7 @@ from typing import Any
 from cases import CASES, load
 from harness import DATA, ROOT, provenance, save
 
-from dfqlib.machine import processor
+from dfqlib.training.machine import processor
 
 SEEDS = (100, 101)
 CHOICE = ("cifar10_w3a3", "cifar10_w4a4_all")
@@ -92,7 +92,7 @@ def synthesized(network: str, teacher: Any, shape: Any, seed: int, changes: dict
     import torch
 
     import dfqlib
-    from dfqlib.training import written_whole
+    from dfqlib.training.files import written_whole
 
     making = {k: v for k, v in changes.items() if k not in tuning_settings() or k in ("shift", "flip", "bf16")}
     name = "_".join([network, str(seed), *(f"{key}={value}" for key, value in sorted(making.items()))])

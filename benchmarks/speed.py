@@ -26,7 +26,7 @@ import torch
 from harness import ROOT, against, peak_gb, provenance, save, save_picture
 from steps import BATCH, CPU, SHAPE, Step, fine_tuning, float_training, generator_step, synthesis_step, waiting
 
-from dfqlib.machine import processor
+from dfqlib.training.machine import processor
 
 FLOAT, NAIVE, OURS, FAST = "FP32 training", "W4A4, naive straight-through", "W4A4", "W4A4, bf16, compiled"
 TABLES: dict[str, dict[str, Callable[..., Step]]] = {
@@ -134,7 +134,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     """Bars of the ratios, a panel per table, a colour per thread count."""
     import matplotlib.pyplot as plt
 
-    from dfqlib import plots
+    from dfqlib.lessons import plots
 
     plots.use_style()
     figure, axes = plt.subplots(1, len(TABLES), figsize=(13, 3.6), width_ratios=[len(t) for t in TABLES.values()])

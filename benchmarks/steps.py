@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from dfqlib import generators, losses, quantizer
 from dfqlib.batchnorm import BatchNormProbe, freeze
-from dfqlib.networks.resnet import CifarResNet
-from dfqlib.recipes.base import descend
+from dfqlib.models.resnet import CifarResNet
 from dfqlib.training import adam, channels_last, mixed_precision
+from dfqlib.training.numerics import descend
 
 BATCH = 64
 SHAPE = (3, 32, 32)

@@ -17,17 +17,18 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < _TORCH_FLOOR:
         "pip install -U torch torchvision"
     )
 
-from dfqlib import batchnorm, clipping, data, generators, integer, losses, models, quantizer, synthesis, training
-from dfqlib.checkpoints import load_checkpoint
+from dfqlib import batchnorm, clipping, data, generators, losses, models, quantizer, synthesis, training
 from dfqlib.data import image_folder, load_data
-from dfqlib.diagnose import diagnose
-from dfqlib.evaluate import agreement, compare, evaluate
-from dfqlib.export import export_onnx
-from dfqlib.export.verify import verify_export
+from dfqlib.deploy import integer
+from dfqlib.deploy.onnx import export_onnx
+from dfqlib.deploy.onnx.verify import verify_export
+from dfqlib.deploy.saving import load_quantized, save_quantized
+from dfqlib.evaluation.diagnosis import diagnose
+from dfqlib.evaluation.metrics import agreement, compare, evaluate
+from dfqlib.evaluation.sensitivity import sensitivity
 from dfqlib.models import load_model
-from dfqlib.precision import sensitivity
+from dfqlib.models.checkpoints import load_checkpoint
 from dfqlib.recipes import Report, distill, quantize
-from dfqlib.saving import load_quantized, save_quantized
 from dfqlib.spec import QuantSpec
 
 __version__ = "0.1.0"

@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from dfqlib import graph
 from dfqlib.errors import InputError
+from dfqlib.network import graph
 
 RECIPES_WITHOUT_BATCHNORM = ("dafl", "dfad", "equalize")
 RECIPES_WITH_IMAGES = ("calibrate", "real")

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dfqlib._torchvision import import_torchvision
 from dfqlib.errors import InputError
+from dfqlib.network._torchvision import import_torchvision
 
 __all__ = ["NORMALIZATION", "ImageDataset", "image_folder", "images_and_labels", "load_data", "toy_boundary"]
 

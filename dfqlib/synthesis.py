@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler,
 from dfqlib import training
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.generators import Generator
-from dfqlib.training import LOOK_EVERY, Session, Stateful, mixed_precision
+from dfqlib.training import Session, mixed_precision
+from dfqlib.training.session import LOOK_EVERY, Stateful
 
 Losses = Mapping[str, Tensor]
 Objective = Callable[[Tensor, Tensor, BatchNormProbe, Tensor], Losses]
@@ -139,16 +140,6 @@ def adam_on_plateaus(lr: float, patience: int) -> MakeOptimizer:
         return chosen, ReduceLROnPlateau(chosen, patience=patience)
 
     return make
-
-
-def shift_and_flip(images: Tensor, shift: int = 2, flip: bool = True) -> Tensor:
-    """Shift a batch by up to ``shift`` pixels each way, wrapping around, and mirror it half of the time.
-
-    One draw for the whole batch, as DeepInversion does: what the teacher sees must not depend on a pixel's place.
-    """
-    down, right = torch.randint(-shift, shift + 1, (2,)).tolist()
-    images = images.roll((down, right), (2, 3))
-    return images.flip(3) if flip and torch.rand(()) < 0.5 else images
 
 
 def balanced_labels(count: int, classes: int, device: torch.device | str = "cpu") -> Tensor:

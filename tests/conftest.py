@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import dfqlib
-from dfqlib.evaluate import Batches
-from dfqlib.recipes.base import Task, prepare_teacher
+from dfqlib.evaluation.metrics import Batches
+from dfqlib.recipes.base import prepare_teacher
 from dfqlib.training import Session
+from dfqlib.training.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

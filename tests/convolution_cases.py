@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfqlib import convolution, quantizer
+from dfqlib import quantizer
+from dfqlib.network import convolution
 from dfqlib.training import channels_last
 
 WIDTHS = (2, 3, 5, 6, 7, 12, 15, 16)

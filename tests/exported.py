@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfqlib._torchvision import import_torchvision
-from dfqlib.export.verify import load
+from dfqlib.deploy.onnx.verify import load
+from dfqlib.network._torchvision import import_torchvision
 from dfqlib.quantizer import QuantSpec, calibrate, quantize_layers
 
 Shape = tuple[int, int, int]

@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from dfqlib import data
-from dfqlib._torchvision import import_torchvision
 from dfqlib.errors import InputError
 from dfqlib.models import info
+from dfqlib.network._torchvision import import_torchvision
 
 GREY = {"mean": (0.5,), "std": (0.25,)}
 COLOUR = {"mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.1)}

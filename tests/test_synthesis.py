@@ -11,9 +11,10 @@ from dfqlib import losses, models, quantizer, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.generators import ConditionalGenerator, UnconditionalGenerator
-from dfqlib.recipes import _tuning, base, express
+from dfqlib.recipes import base, express
 from dfqlib.spec import QuantSpec
-from dfqlib.training import Session
+from dfqlib.training import Session, distillation
+from dfqlib.training.augment import shift_and_flip
 
 SHAPE = (1, 16, 16)
 
@@ -102,9 +103,9 @@ def test_shift_and_flip_moves_pixels_and_loses_none() -> None:
     images = torch.arange(2 * 9.0).view(2, 1, 3, 3)
     torch.manual_seed(0)
     for _ in range(10):
-        moved = synthesis.shift_and_flip(images, 1)
+        moved = shift_and_flip(images, 1)
         assert torch.equal(moved.flatten(1).sort()[0], images.flatten(1).sort()[0])
-    assert torch.equal(synthesis.shift_and_flip(images, 0, flip=False), images)
+    assert torch.equal(shift_and_flip(images, 0, flip=False), images)
 
 
 def test_generators_are_sampled_with_balanced_labels_where_they_take_any() -> None:
@@ -122,7 +123,7 @@ def test_cutmix_takes_one_box_from_another_image() -> None:
     torch.manual_seed(0)
     shares = []
     for _ in range(200):
-        mixed, own = _tuning.cutmix(images)
+        mixed, own = distillation.cutmix(images)
         assert torch.equal(mixed[0] + mixed[1], torch.full(SHAPE, 3.0))
         shares.append(float((mixed[0] == 2.0).float().mean()))
         assert own == pytest.approx(1 - shares[-1])

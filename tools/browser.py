@@ -1,4 +1,4 @@
-"""Say where the browser of tests/test_jupyterlab.py is, and with --install get one first.
+"""Say where the browser of tests/lessons/test_jupyterlab.py is, and with --install get one first.
 
     python tools/browser.py [--install]
 
@@ -94,7 +94,7 @@ def run(command: list[str]) -> str | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Do what the command line says; return the exit code."""
-    parser = argparse.ArgumentParser(description="Find the browser that tests/test_jupyterlab.py needs.")
+    parser = argparse.ArgumentParser(description="Find the browser that tests/lessons/test_jupyterlab.py needs.")
     parser.add_argument("--install", action="store_true", help="install one when there is none")
     options = parser.parse_args(arguments)
     try:

@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def keep(path: Path, runs: dict[str, Any]) -> None:
     """Write the runs, and the table beside them."""
-    from dfqlib.training import written_whole
+    from dfqlib.training.files import written_whole
 
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"command": "python tools/claims.py", "runs": dict(sorted(runs.items()))}

@@ -25,9 +25,9 @@ from _notebooks import CELL_TIMEOUT, code_digest, find_notebooks
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-from dfqlib.rerun.execution import KERNEL, QUIET_KERNEL
-from dfqlib.rerun.processes import run_apart
-from dfqlib.training import written_whole
+from dfqlib.lessons.reruns.execution import KERNEL, QUIET_KERNEL
+from dfqlib.lessons.reruns.processes import run_apart
+from dfqlib.training.files import written_whole
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 

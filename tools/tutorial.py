@@ -21,8 +21,8 @@ from _notebooks import CELL_TIMEOUT, ROOT, find_notebooks
 from tqdm.auto import tqdm
 
 from dfqlib.errors import InputError
-from dfqlib.rerun import Job, Run, check_output, read_notebook, read_parameters, run_jobs, values_for
-from dfqlib.rerun.command import described, read_pairs
+from dfqlib.lessons.reruns import Job, Run, check_output, read_notebook, read_parameters, run_jobs, values_for
+from dfqlib.lessons.reruns.command import described, read_pairs
 
 
 def title_of(run: Run) -> str:

@@ -7,11 +7,9 @@ integer hardware executes) and an *affine* one between a lower and an upper boun
 Taught in notebooks 02 and 07.
 """
 
-from dfqlib.quantizer.compiled import compiled
 from dfqlib.quantizer.functions import affine_quantize, fake_quantize
-from dfqlib.quantizer.fused import fused
-from dfqlib.quantizer.modules import AffineQuantizer, Quantizer, StepQuantizer
-from dfqlib.quantizer.network import (
+from dfqlib.quantizer.fused import compiled, fused
+from dfqlib.quantizer.insertion import (
     QuantConv2d,
     QuantLinear,
     calibrate,
@@ -21,6 +19,7 @@ from dfqlib.quantizer.network import (
     quantizers,
     set_mode,
 )
+from dfqlib.quantizer.modules import AffineQuantizer, Quantizer, StepQuantizer
 from dfqlib.spec import QuantSpec, integer_range
 
 __all__ = [

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfqlib import batchnorm, convolution, machine
+from dfqlib import batchnorm
 from dfqlib.errors import InputError
-from dfqlib.recipes import _given
-from dfqlib.recipes.base import ImageShape, Outcome, Report, Task, check_network, override, prepare_teacher
+from dfqlib.network import convolution
+from dfqlib.recipes import given
+from dfqlib.recipes.base import Outcome, Report, check_network, override, prepare_teacher
 from dfqlib.spec import QuantSpec
-from dfqlib.training import Session
+from dfqlib.training import Session, machine
+from dfqlib.training.task import ImageShape, Task
 
 __all__ = ["Report", "distill", "find", "names", "quantize", "usable_device"]
 
@@ -167,7 +169,7 @@ class _Run:
             "model": f"{type(self.model).__name__} {_fingerprint(self.model)}",
             "image_shape": list(self.image_shape),
             **self.subject,
-            **_given.described(self.chosen),
+            **given.described(self.chosen),
             "device": str(device),
             "processor": machine.processor(device),
             "dtype": "bfloat16" if getattr(self.chosen, "bf16", False) and machine.has_bfloat16(device) else "float32",

@@ -42,7 +42,9 @@ from dfqlib import losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.generators import AkdGenerator
-from dfqlib.recipes._duel import (
+from dfqlib.recipes.base import Outcome, check_settings
+from dfqlib.spec import QuantSpec
+from dfqlib.training.adversarial import (
     Answers,
     Player,
     Rules,
@@ -53,8 +55,7 @@ from dfqlib.recipes._duel import (
     reinitialized,
     trained_by_adam,
 )
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
-from dfqlib.spec import QuantSpec
+from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = True
 

@@ -8,37 +8,13 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from dfqlib import graph, quantizer
 from dfqlib.errors import InputError, NonFiniteError
-from dfqlib.evaluate import predict
-from dfqlib.spec import QuantSpec
-from dfqlib.training import Session, adam, channels_last
+from dfqlib.network import graph
+from dfqlib.network.inference import predict
+from dfqlib.training import channels_last
 
 ImageShape = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One job for a recipe.
-
-    Attributes:
-        teacher: the trained network: a copy, frozen, in eval mode, on the device.
-        image_shape: (channels, height, width).
-        classes: number of logits.
-        session: seed, progress, history, checkpoint.
-    """
-
-    teacher: nn.Module
-    image_shape: ImageShape
-    classes: int
-    session: Session
-
-    @property
-    def device(self) -> torch.device:
-        """Where the teacher is."""
-        return next(self.teacher.parameters()).device
 
 
 @dataclass
@@ -121,35 +97,6 @@ def check_image_shape(image_shape: Any) -> None:
     sound = isinstance(image_shape, tuple | list) and len(image_shape) == 3
     if not sound or not all(isinstance(side, int) and side > 0 for side in image_shape):
         raise InputError(f"image_shape={image_shape!r} must be (channels, height, width), for example (3, 32, 32)")
-
-
-def quantized_student(task: Task, spec: QuantSpec) -> nn.Module:
-    """The quantized network, trainable, in eval mode, its ranges still to be set; they are trained if learned."""
-    student = channels_last(quantizer.quantize_layers(task.teacher, spec)).requires_grad_(True)
-    for _, ranges in quantizer.quantizers(student):
-        ranges.requires_grad_(spec.step == "learned")
-    return student
-
-
-def calibrated_student(
-    task: Task, spec: QuantSpec, images: Tensor, *, method: str = "mse", lower_bound: float = 0.0
-) -> nn.Module:
-    """The quantized network, trainable, in eval mode, with its ranges set from ``images``."""
-    student = quantized_student(task, spec)
-    quantizer.calibrate(student, images, method, lower_bound)
-    return student
-
-
-def make_optimizer(name: str, groups: Any, lr: float, **sgd: Any) -> Optimizer:
-    """Stochastic gradient descent as the papers set it, or Adam for the short schedules."""
-    return adam(groups, lr) if name == "adam" else torch.optim.SGD(groups, lr, **sgd)
-
-
-def descend(optimizer: Optimizer, loss: Tensor) -> None:
-    """One step down ``loss`` of what ``optimizer`` trains; gradients of anything else are not even computed."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
-    optimizer.step()
 
 
 def check_settings(settings: Any, **rules: tuple[float, float]) -> None:

@@ -12,9 +12,10 @@ from typing import Literal
 from torch import Tensor
 
 from dfqlib import batchnorm
-from dfqlib.recipes import _given, express
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
+from dfqlib.recipes import express, given
+from dfqlib.recipes.base import Outcome, check_settings
 from dfqlib.spec import QuantSpec
+from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = False
 
@@ -47,7 +48,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_settings(self)
         if isinstance(self.images, Tensor):
-            _given.check(self.images)
+            given.check(self.images)
         else:
             self.synthesis(self.images)  # raises for what express refuses
 
@@ -65,7 +66,7 @@ BUDGETS = {"quick": Settings(), "published": Settings(images=512)}
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     """Images to ranges, and that is all."""
     if isinstance(settings.images, Tensor):
-        images = _given.take(task, settings.images)
+        images = given.take(task, settings.images)
     else:
         batchnorm.require(task.teacher, "calibrate")
         images = express.synthesize(task, settings.synthesis(settings.images))

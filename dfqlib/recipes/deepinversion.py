@@ -30,9 +30,11 @@ from torch import Tensor, nn
 from dfqlib import losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
-from dfqlib.recipes import _tuning
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
+from dfqlib.recipes.base import Outcome, check_settings
 from dfqlib.spec import QuantSpec
+from dfqlib.training import distillation
+from dfqlib.training.augment import shift_and_flip
+from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = True
 
@@ -91,7 +93,7 @@ class Settings:
             self, rounds=(1, math.inf), images=(1, math.inf), synthesis_batch=(2, math.inf), r=(0, math.inf),
             synthesis_steps=(0, math.inf), synthesis_lr=(0, math.inf), tv_weight=(0, math.inf),
             competition_weight=(0, math.inf), tau=(1e-3, math.inf), distill_steps=(0, math.inf),
-            distill_lr=(0, math.inf), **_tuning.RULES,
+            distill_lr=(0, math.inf), **distillation.RULES,
         )  # fmt: skip
         if self.competition_weight > 0 and self.rounds > 1 and self.steps == 0:
             raise InputError(
@@ -114,15 +116,15 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     images = invert(task, settings, 0)
     calibrated = calibrated_student(task, spec, images)
     student = copy.deepcopy(calibrated)
-    lr = _tuning.peak_lr(settings.lr, spec)
-    learn = partial(_tuning.fine_tune, task, student, settings=settings, lr=lr)
+    lr = distillation.peak_lr(settings.lr, spec)
+    learn = partial(distillation.fine_tune, task, student, settings=settings, lr=lr)
     return Outcome(student, in_rounds(task, student, images, learn, "fine-tuning", settings), calibrated)
 
 
 def distill(task: Task, student: nn.Module, settings: Settings) -> Outcome:
     """Pictures, and rounds of training from scratch and pictures against it."""
     longer = dataclasses.replace(settings, steps=settings.distill_steps)
-    learn = partial(_tuning.fine_tune, task, student.train(), settings=longer, lr=settings.distill_lr)
+    learn = partial(distillation.fine_tune, task, student.train(), settings=longer, lr=settings.distill_lr)
     images = invert(task, settings, 0)
     return Outcome(student, in_rounds(task, student, images, learn, "distillation", settings))
 
@@ -155,5 +157,5 @@ def invert(task: Task, settings: Settings, index: int, student: nn.Module | None
     return synthesis.from_noise(
         task.teacher, synthesis.balanced_labels(settings.images, task.classes, task.device), task.image_shape,
         objective, optimizer, steps, task.session, batch=settings.synthesis_batch, first_batch=index * batches,
-        bf16=settings.bf16, augment=partial(synthesis.shift_and_flip, shift=settings.shift, flip=settings.flip),
+        bf16=settings.bf16, augment=partial(shift_and_flip, shift=settings.shift, flip=settings.flip),
     )  # fmt: skip

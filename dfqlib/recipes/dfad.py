@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from dfqlib import losses, synthesis
 from dfqlib.generators import UnconditionalGenerator
-from dfqlib.recipes._duel import (
+from dfqlib.recipes.base import Outcome, check_settings
+from dfqlib.spec import QuantSpec
+from dfqlib.training.adversarial import (
     Answers,
     Player,
     Rules,
@@ -34,8 +36,7 @@ from dfqlib.recipes._duel import (
     reinitialized,
     trained_by_adam,
 )
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
-from dfqlib.spec import QuantSpec
+from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = False
 

@@ -33,9 +33,19 @@ from dfqlib import losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.generators import UnconditionalGenerator
-from dfqlib.recipes._duel import Answers, Player, Rules, from_scratch, play, quantized, reinitialized, trained_by_adam
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
+from dfqlib.recipes.base import Outcome, check_settings
 from dfqlib.spec import QuantSpec
+from dfqlib.training.adversarial import (
+    Answers,
+    Player,
+    Rules,
+    from_scratch,
+    play,
+    quantized,
+    reinitialized,
+    trained_by_adam,
+)
+from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = True
 

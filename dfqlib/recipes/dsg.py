@@ -24,13 +24,16 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from dfqlib import batchnorm, graph, losses, rounding, synthesis
+from dfqlib import batchnorm, losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.losses import SlackMargin
-from dfqlib.recipes import _tuning
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
+from dfqlib.network import graph
+from dfqlib.posttraining import rounding
+from dfqlib.recipes.base import Outcome, check_settings
 from dfqlib.spec import QuantSpec
+from dfqlib.training import distillation
+from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = True
 
@@ -92,7 +95,7 @@ class Settings:
         check_settings(
             self, images=(1, math.inf), epsilon=(0, 1), gaussian_images=(1, math.inf), iterations=(0, math.inf),
             synthesis_lr=(0, math.inf), patience=(0, math.inf), synthesis_batch=(1, math.inf),
-            rounding_steps=(1, math.inf), **_tuning.RULES,
+            rounding_steps=(1, math.inf), **distillation.RULES,
         )  # fmt: skip
 
 
@@ -121,7 +124,7 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
             student, graph.trace(task.teacher)[0], images, steps=settings.rounding_steps, session=task.session
         )
     else:
-        _tuning.fine_tune(task, student, images, settings, _tuning.peak_lr(settings.lr, spec))
+        distillation.fine_tune(task, student, images, settings, distillation.peak_lr(settings.lr, spec))
     return Outcome(student, images, calibrated)
 
 

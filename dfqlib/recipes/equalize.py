@@ -25,10 +25,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dfqlib import batchnorm, correction, equalization, folding, moments, rounding
+from dfqlib import batchnorm
+from dfqlib.network import folding
+from dfqlib.posttraining import correction, equalization, moments, rounding
 from dfqlib.recipes import express
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
+from dfqlib.recipes.base import Outcome, check_settings
 from dfqlib.spec import QuantSpec
+from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = False
 

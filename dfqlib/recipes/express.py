@@ -25,13 +25,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfqlib import integer, losses, synthesis
+from dfqlib import losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
+from dfqlib.deploy import integer
 from dfqlib.errors import InputError
-from dfqlib.evaluate import predict
-from dfqlib.recipes import _additions, _tuning
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
+from dfqlib.network.inference import predict
+from dfqlib.recipes.base import Outcome, check_settings
 from dfqlib.spec import QuantSpec
+from dfqlib.training import additions, distillation
+from dfqlib.training.augment import low_pass, shift_and_flip
+from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = True
 
@@ -105,7 +108,7 @@ class Settings:
             self, images=(2, math.inf), synthesis_batch=(2, math.inf), synthesis_steps=(1, math.inf),
             synthesis_lr=(0, math.inf), plateau=(0, 1), label_weight=(0, math.inf), superposed=(0, 1),
             hard_samples=(0, math.inf), adaptability=(0, math.inf), low_pass=(0, math.inf), selective_labels=(0, 1),
-            student_label_weight=(0, math.inf), **_tuning.QUANTIZED_RULES,
+            student_label_weight=(0, math.inf), **distillation.QUANTIZED_RULES,
         )  # fmt: skip
         if self.label_weight == self.hard_samples == 0 and (self.superposed or self.selective_labels):
             name = "superposed" if self.superposed else "selective_labels"
@@ -115,7 +118,7 @@ class Settings:
             )
         if self.adaptability and self.images < 4:
             raise InputError(f"images={self.images} is too few for adaptability, which splits them; take at least 4")
-        _tuning.check_acting(self, "perturbation", "alignment", "selective_labels")
+        distillation.check_acting(self, "perturbation", "alignment", "selective_labels")
 
 
 BUDGETS = {"quick": Settings(), "published": Settings(images=512, steps=1200)}
@@ -138,7 +141,7 @@ def wanted_labels(task: Task, settings: Settings) -> Tensor:
     labels = synthesis.balanced_labels(settings.images, task.classes, task.device)
     if not settings.superposed:
         return labels
-    return _additions.superposed_labels(labels, task.classes, settings.superposed, task.session.reseed("mixtures"))
+    return additions.superposed_labels(labels, task.classes, settings.superposed, task.session.reseed("mixtures"))
 
 
 def synthesize(task: Task, settings: Settings, rival: nn.Module | None = None) -> Tensor:
@@ -163,14 +166,14 @@ def synthesize(task: Task, settings: Settings, rival: nn.Module | None = None) -
     if settings.adaptability:
         labels = labels[settings.images // 2 :] if rival is not None else labels[: settings.images // 2]
     batches = math.ceil(len(labels) / settings.synthesis_batch)
-    augment = partial(synthesis.shift_and_flip, shift=settings.shift, flip=settings.flip)
+    augment = partial(shift_and_flip, shift=settings.shift, flip=settings.flip)
     images = synthesis.from_noise(
         task.teacher, labels, task.image_shape, objective,
         synthesis.adam(settings.synthesis_lr, settings.synthesis_steps), settings.synthesis_steps,
         task.session, batch=math.ceil(len(labels) / batches), first_batch=0 if rival is None else batches,
         augment=augment, bf16=settings.bf16, plateau=settings.plateau,
     )  # fmt: skip
-    return _additions.low_pass(images, settings.low_pass) if settings.low_pass else images
+    return low_pass(images, settings.low_pass) if settings.low_pass else images
 
 
 def learned_labels(task: Task, images: Tensor, settings: Settings) -> Tensor | None:
@@ -187,7 +190,7 @@ def fine_tune(
     student: nn.Module,
     images: Tensor,
     spec: QuantSpec,
-    settings: _tuning.QuantizedTuning,
+    settings: distillation.QuantizedTuning,
     labels: Tensor | None = None,
 ) -> None:
     """Bring ``student`` close to the teacher on mixtures of ``images`` (and to weighted ``labels``), in place."""
@@ -195,10 +198,10 @@ def fine_tune(
     if settings.integer_share:
         integer.prepare(student, images)
     as_exported = integer.simulate(student) if settings.integer_share else student
-    _tuning.fine_tune(
-        task, student, images, settings, _tuning.peak_lr(settings.lr, spec),
+    distillation.fine_tune(
+        task, student, images, settings, distillation.peak_lr(settings.lr, spec),
         network_at=lambda index: student if index < first_integer_step else as_exported,
-        additions=_tuning.Additions(labels, settings.perturbation, settings.alignment), compiled=settings.compiled,
+        additions=distillation.Additions(labels, settings.perturbation, settings.alignment), compiled=settings.compiled,
     )  # fmt: skip
     if settings.integer_share:
         integer.settle(student)

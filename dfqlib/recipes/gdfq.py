@@ -34,9 +34,12 @@ from dfqlib import losses, quantizer, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.generators import CategoricalBatchNormGenerator, ConditionalGenerator
-from dfqlib.recipes.base import Outcome, Task, check_settings, descend, make_optimizer, quantized_student
+from dfqlib.recipes.base import Outcome, check_settings
 from dfqlib.spec import QuantSpec
-from dfqlib.training import Stateful, adam, channels_last, mixed_precision
+from dfqlib.training import adam, channels_last, mixed_precision
+from dfqlib.training.numerics import descend, make_optimizer
+from dfqlib.training.session import Stateful
+from dfqlib.training.task import Task, quantized_student
 
 NEEDS_BATCHNORM = True
 

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dfqlib.errors import InputError
-from dfqlib.recipes import _given, _tuning, express
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
+from dfqlib.recipes import express, given
+from dfqlib.recipes.base import Outcome, check_settings
 from dfqlib.spec import QuantSpec
+from dfqlib.training import distillation
+from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = False
 
@@ -57,10 +59,10 @@ class Settings:
     bf16: bool = True
 
     def __post_init__(self) -> None:
-        check_settings(self, calibration_images=(1, math.inf), **_tuning.QUANTIZED_RULES)
-        _tuning.check_acting(self, "perturbation", "alignment")
+        check_settings(self, calibration_images=(1, math.inf), **distillation.QUANTIZED_RULES)
+        distillation.check_acting(self, "perturbation", "alignment")
         if self.images is not None:
-            _given.check(self.images)
+            given.check(self.images)
 
 
 BUDGETS = {"quick": Settings(), "published": Settings(calibration_images=512, steps=1200)}
@@ -70,11 +72,11 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     """Images to ranges, ranges and weights fine-tuned."""
     if settings.images is None:
         raise InputError(
-            f'recipe="real" fine-tunes on real images and got none: give images=, {_given.LIKE}; or take '
+            f'recipe="real" fine-tunes on real images and got none: give images=, {given.LIKE}; or take '
             'recipe="express", which needs none'
         )
-    images = _given.take(task, settings.images)
-    some = _given.spread(images, settings.calibration_images)
+    images = given.take(task, settings.images)
+    some = given.spread(images, settings.calibration_images)
     calibrated = calibrated_student(task, spec, some)
     student = copy.deepcopy(calibrated)
     express.fine_tune(task, student, images, spec, settings)

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from dfqlib import losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
-from dfqlib.recipes.base import Outcome, Task, calibrated_student, check_settings
+from dfqlib.recipes.base import Outcome, check_settings
 from dfqlib.spec import QuantSpec
+from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = True
 

@@ -1,0 +1,237 @@
+"""What the commands of the command line do, once their arguments have been read.
+
+Whatever can be wrong is looked at before the minutes of work: the output path, the recipe's settings, the
+checkpoint, the images to evaluate on. What was made is written before it is evaluated.
+"""
+
+import argparse
+import ast
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfqlib import models, recipes
+from dfqlib.batchnorm import RECIPES_WITH_IMAGES
+from dfqlib.cli.subject import Subject, build_own, labelled_images, load_subject
+from dfqlib.deploy import integer
+from dfqlib.deploy.onnx import check_exportable, export_onnx, integer_network
+from dfqlib.deploy.onnx.verify import verify_export
+from dfqlib.deploy.saving import load_quantized, save_quantized
+from dfqlib.errors import InputError
+from dfqlib.evaluation.metrics import Batches, agreement, compare_classes, predict_classes
+from dfqlib.recipes import Report
+from dfqlib.spec import QuantSpec
+from dfqlib.training.files import check_writable
+
+INTEGER_SHARE = 0.2
+"""Share of fine-tuning done in integers when the result leaves as integers."""
+COMPARED = ("top-1 %", "difference", "agreement %", "seconds")
+NAMED_LAYERS = 4
+"""Up to so many layers with narrowed channels are named one by one."""
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What the original network says to the evaluation images: ``chosen`` and ``labels`` have shape (N,)."""
+
+    loader: Batches
+    chosen: Tensor
+    labels: Tensor
+
+    def figures(self, model: nn.Module | None = None) -> list[str]:
+        """The columns COMPARED but the last for a network, or for the original itself."""
+        chosen = self.chosen if model is None else predict_classes(model, self.loader)[0]
+        found = compare_classes(chosen, self.chosen, self.labels)
+        change = f"{found.difference:+.2f} ± {found.standard_error:.2f}"
+        return [f"{found.top1:.2f}", change, f"{found.agreement:.1f}"]
+
+
+def quantize(options: argparse.Namespace) -> int:
+    """``dfqlib quantize``: check, quantize, write, compare; returns the exit code."""
+    _check_files(options)
+    spec = QuantSpec.parse(
+        options.bits, edge_bits=options.edge_bits, granularity=options.granularity, scheme=options.scheme,
+        step=options.step, skip=options.skip,
+    )  # fmt: skip
+    settings = read_settings(options.settings, options.recipe, options.budget)
+    _check_images(options)
+    if options.threads is not None:
+        torch.set_num_threads(_usable_threads(options.threads))
+    subject = load_subject(options)
+    subject.model.to(recipes.usable_device(options.device, subject.model))
+    as_integers = options.output.suffix == ".onnx"
+    if as_integers:
+        check_exportable(subject.model, spec, subject.image_shape)
+    reference = None
+    if options.evaluate is not None:
+        loader = labelled_images(options.evaluate, subject)
+        reference = _Reference(loader, *predict_classes(subject.model, loader))
+    if options.images is not None:
+        given = labelled_images(options.images, subject, "--images", "train")
+        settings["images"] = torch.cat([images for images, _ in given])
+    if as_integers and options.recipe == "express":
+        settings.setdefault("integer_share", INTEGER_SHARE)
+    report = recipes.quantize(
+        subject.model, subject.image_shape, spec, recipe=options.recipe, budget=options.budget, seed=options.seed,
+        progress=not options.quiet, checkpoint=options.resume, **settings,
+    )  # fmt: skip
+    narrowed = ""
+    if as_integers:
+        export_onnx(report, options.output, subject.image_shape, options.container)
+        narrowed = _narrowed(report.model)
+        # What the table says is what the file does.
+        report = replace(report, model=integer_network(report, subject.image_shape))
+    else:
+        save_quantized(
+            report, options.output, arch=subject.arch, mean=subject.mean, std=subject.std, classes=subject.classes
+        )
+    if report.interrupted:
+        again = f"; the same command goes on from {options.resume}" if options.resume else ""
+        print(f"dfqlib: interrupted; {options.output} has what was done{again}", file=sys.stderr)
+        return 130
+    print(
+        f"{options.arch}: {options.bits}, first and last layer {spec.edge_bits} bits, weights per {spec.granularity}, "
+        f"skip {spec.skip}; {options.recipe} ({options.budget}), seed {options.seed}\n"
+    )
+    print(summary(report, subject.model, reference, options.evaluate))
+    reader = "an integer network for ONNX Runtime" if as_integers else "read it with dfqlib.load_quantized"
+    print(f"\nwritten: {options.output} ({options.output.stat().st_size / 1e6:.2f} MB; {reader}){narrowed}")
+    return 0
+
+
+def _usable_threads(asked: int) -> int:
+    """No more than there are cores: more would wait for one another, and very many end the process."""
+    cores = os.cpu_count() or 1
+    if asked > cores:
+        print(f"dfqlib: --threads {asked}: this machine has {cores} cores, {cores} threads are used", file=sys.stderr)
+    return min(asked, cores)
+
+
+def _check_images(options: argparse.Namespace) -> None:
+    """Whether the recipe takes real images, and has some where it cannot do without."""
+    if options.images is not None and options.recipe not in RECIPES_WITH_IMAGES:
+        able = " and ".join(RECIPES_WITH_IMAGES)
+        raise InputError(f"--images={options.images}: --recipe {options.recipe} makes its own; {able} take some")
+    if options.images is None and options.recipe == "real":
+        raise InputError("--recipe real fine-tunes on real images: name them with --images, or take --recipe express")
+
+
+def export(options: argparse.Namespace) -> int:
+    """``dfqlib export``: a saved network as an integer file, checked on images where there are some."""
+    _check_files(options)
+    model = None
+    if options.arch is not None:
+        model = build_own(options.arch) if ":" in options.arch else models.info(options.arch).build()
+    network = load_quantized(options.checkpoint, model)
+    saved: dict[str, Any] = network.meta["saved"]  # type: ignore[assignment,index]
+    shape = options.image_shape or saved["settings"].get("image_shape")
+    if shape is None:
+        raise InputError(f"{options.checkpoint} does not say how large its images are; give --image-shape C,H,W")
+    channels, height, width = shape
+    written = export_onnx(network, options.output, (channels, height, width), options.container)
+    size = f"{written.stat().st_size / 1e6:.2f} MB"
+    print(f"written: {written} ({size}; an integer network for ONNX Runtime){_narrowed(network)}")
+    if options.evaluate is not None:
+        described = [saved[name] and tuple(saved[name]) for name in ("mean", "std", "classes")]
+        loader = labelled_images(options.evaluate, Subject(network, saved["arch"], tuple(shape), *described))
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        print(f"\non {options.evaluate}:\n{verify_export(network, written, images, labels)}")
+    return 0
+
+
+def _narrowed(network: nn.Module) -> str:
+    """What an exported file of ``network`` stores in 7 bits, as a line of its own; empty if nothing."""
+    counts = integer.narrowed(network)
+    if not counts:
+        return ""
+    total = f"{sum(counts.values())} in {len(counts)} layers"
+    which = ", ".join(f"{count} of {name}" for name, count in counts.items()) if len(counts) <= NAMED_LAYERS else total
+    return f"\nchannels stored in 7 bits instead of 8, to compute the same on any processor: {which}"
+
+
+def list_models(_: argparse.Namespace) -> int:
+    """``dfqlib models``: the networks with known checkpoints."""
+    rows = [["name", "image", "classes", "top-1 %", "source"]]
+    for known in map(models.info, models.names()):
+        shape, top1 = "x".join(map(str, known.image_shape)), known.published_top1
+        rows.append([known.name, shape, str(len(known.classes)), f"{top1:.2f}" if top1 else "", known.source])
+    print(_table(rows))
+    return 0
+
+
+def list_recipes(_: argparse.Namespace) -> int:
+    """``dfqlib recipes``: what each does, and its settings in the quick budget."""
+    for name in recipes.names():
+        method, settings = recipes.find(name, "quantize", "quick", {})
+        print(f"{name}: {(method.__doc__ or '').splitlines()[0]}")
+        print(f"    {' '.join(f'{key}={value}' for key, value in asdict(settings).items())}")
+    return 0
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    check_writable(options.output, "--output")
+    others = {"CHECKPOINT": options.checkpoint, "--resume": getattr(options, "resume", None)}
+    for argument, other in others.items():
+        if other is not None and Path(other).resolve() == options.output.resolve():
+            raise InputError(f"--output={options.output} is the file of {argument} too; name another one")
+
+
+def read_settings(texts: Iterable[str], recipe: str, budget: str) -> dict[str, Any]:
+    """``["steps=20", "bf16=false"]`` as the settings of a recipe, each of the type that its default has.
+
+    Raises:
+        InputError: no NAME=VALUE, a value of another type or out of range, an unknown name, recipe or budget.
+    """
+    _, defaults = recipes.find(recipe, "quantize", budget, {})
+    changes = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f'--set "{text}" must be NAME=VALUE, for example steps=1000')
+        changes[name.strip()] = _parsed(value.strip(), getattr(defaults, name.strip(), None))
+    recipes.find(recipe, "quantize", budget, changes)
+    return changes
+
+
+def _parsed(text: str, default: Any) -> Any:
+    """The value that ``text`` means for a setting; of the wrong type it stays text, which the recipe then refuses."""
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if isinstance(default, bool) else text)
+    except (SyntaxError, ValueError):
+        return text
+    return float(value) if isinstance(default, float) and type(value) is int else value
+
+
+def summary(report: Report, teacher: nn.Module, reference: _Reference | None, data: str | None) -> str:
+    """The final table: the original, the network with calibrated ranges, the fine-tuned network."""
+    made = {"calibrated only": report.calibrated or report.model}
+    if report.model is not made["calibrated only"]:
+        made["fine-tuned"] = report.model
+    rows = [["", "agreement %", "seconds"]] if reference is None else [["", *COMPARED], ["FP32"]]
+    for name, model in made.items():
+        figures = [f"{agreement(model, teacher, report.images):.1f}"] if reference is None else reference.figures(model)
+        rows.append([name, *figures, f"{report.seconds:.1f}" if model is report.model else ""])
+    if reference is None:
+        images = f"the {len(report.images):,} synthetic images; --evaluate compares on real ones"
+        return f"{_table(rows)}\n\nagreement: same class as FP32, on {images}"
+    rows[1] += [reference.figures()[0], "", "", ""]
+    return (
+        f"{_table(rows)}\n\non {len(reference.labels):,} images of {data}; difference: points against FP32 ± its "
+        "paired standard error; agreement: same class as FP32"
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text, the first column and long texts flush left, figures flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = ["<" if index == 0 or width > 20 else ">" for index, width in enumerate(widths)]
+    lines = ("   ".join(f"{c:{a}{w}}" for c, a, w in zip(row, align, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,214 @@
+"""A layer in integers, BatchNorm included.
+
+Taught in notebook 10.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfqlib.deploy.integer.codes import Grid, RoundClamp, to_codes, zero_point
+from dfqlib.network.convolution import convolve
+from dfqlib.quantizer import QuantConv2d, QuantLinear, StepQuantizer
+
+EXACT = 2.0**24
+"""Up to here float32 holds every whole number."""
+LARGEST_BIAS = 2.0**23
+"""Largest bias in units of its accumulator; it leaves the int32 accumulator all the room a layer needs."""
+SMALLEST_GAIN = 1e-12
+"""A BatchNorm gain below this is that of a dead channel: its weights become zero and its bias remains."""
+LARGEST_PAIR = 2**15 - 1
+"""The most that two products may add up to: x86 processors without VNNI add pairs of them in 16 bits, and saturate."""
+NARROWED_CODE = 63
+"""Largest code of a channel whose weights are stored in 7 bits; it and its negative are half of a code of 8 bits."""
+
+
+class IntegerLayer(nn.Module):
+    """A convolution or linear layer and the BatchNorm after it: integer weights, int32 bias, a multiplier a channel.
+
+    BatchNorm multiplies channel c by ``gain = gamma / sqrt(var + eps)``, so codes of step s become codes of step
+    ``s * |gain|``, with the sign flipped where the gain is negative. The most negative code has no positive twin and
+    becomes the most positive one there. A BatchNorm without a layer before it is one weight of code 1 per channel.
+
+    The integers are the same on every processor. Without VNNI instructions x86 multiplies unsigned 8-bit inputs by
+    signed 8-bit weights, adds the products in pairs, and cuts each pair to 16 bits. A channel of 8-bit weights in which
+    any two could go beyond that is therefore stored in 7 bits: its codes are rounded on a grid twice as coarse, where
+    the largest input that the runtime carries, 255, times two codes of 63 fits. All other codes stay as they are, and
+    no weight of 7 bits or fewer is ever touched.
+
+    Args:
+        name: of the layer, for messages.
+        layer: the layer, or None.
+        norm: the BatchNorm whose input is the layer's output, or None.
+        source: grid of the input's codes.
+        target: grid of the output's codes; None for an output in floating point (the logits).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: QuantConv2d | QuantLinear | None,
+        norm: _BatchNorm | None,
+        source: Grid,
+        target: Grid | None,
+    ) -> None:
+        super().__init__()
+        self.name, self.layer, self.norm, self.source, self.target = name, layer, norm, source, target
+
+    def integers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight codes shaped like the weights, bias codes (channels,), and the weights' steps (channels,)."""
+        codes, step, bias = self._quantized()
+        if self.norm is not None:
+            gain, shift = _affine(self.norm)
+            bias = bias * gain + shift
+            codes = codes * _rows(torch.where(gain < 0, -1.0, 1.0), codes)
+            codes = codes.clamp(max=self.largest_code)
+            scale = step * gain.abs()
+        else:
+            scale = step.expand(len(codes))
+        floor = torch.maximum(bias.abs() / (self.source.step * LARGEST_BIAS), step * SMALLEST_GAIN).detach()
+        shrunk = RoundClamp.apply(codes * _rows(scale / floor, codes), -self.largest_code, self.largest_code)
+        codes = torch.where(_rows(scale < floor, codes), shrunk, codes)
+        scale = torch.maximum(scale, floor)
+        return codes, RoundClamp.apply(bias / (self.source.step * scale), -LARGEST_BIAS, LARGEST_BIAS), scale
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Write into layer and BatchNorm what ``integers`` rounds: biases, codes without a twin, weights of 7 bits.
+
+        The fake-quantized network then computes what the integers do, to rounding. A weight of 7 bits is written as the
+        even code of 8 bits that it is, so that a settled layer settles to itself.
+        """
+        _, whole, scale = self.integers()
+        codes, step, bias = self._quantized()
+        gain, shift = (torch.ones_like(bias), torch.zeros_like(bias)) if self.norm is None else _affine(self.norm)
+        missing = whole * self.source.step * scale - (bias * gain + shift)
+        if self.norm is not None and self.norm.bias is not None:
+            self.norm.bias.add_(missing)
+        elif self.norm is not None and self.norm.running_mean is not None:
+            self.norm.running_mean.sub_(torch.where(gain == 0, 0.0, missing / gain))
+        elif self.layer is not None and self.layer.bias is not None:
+            self.layer.bias.add_(missing)
+        if self.layer is not None:
+            weight = self.layer.weight
+            lowest = _rows(torch.where(gain < 0, -self.largest_code * step, -torch.inf), weight)
+            weight.copy_(torch.where(_rows(self.narrowed, weight), codes * _rows(step, weight), weight.maximum(lowest)))
+
+    @property
+    def bits(self) -> int:
+        """Width of the weights' codes."""
+        return 2 if self.layer is None else self.layer.weight_quantizer.bits
+
+    @property
+    def largest_code(self) -> int:
+        """Largest weight code."""
+        return int(2 ** (self.bits - 1)) - 1
+
+    @property
+    def narrowed(self) -> Tensor:
+        """Channels whose weights are stored in 7 bits instead of 8: booleans (channels,)."""
+        none = torch.zeros(self.channels, dtype=torch.bool, device=self.source.step.device)
+        return self._saturates(self._in_steps()[1]) if self._can_saturate else none
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether the runtime sees a Conv (a lone BatchNorm is a depthwise one)."""
+        return not isinstance(self.layer, nn.Linear)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the output."""
+        if self.layer is not None:
+            return len(self.layer.weight)
+        assert self.norm is not None
+        return int(self.norm.num_features)
+
+    def _quantized(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, step and bias before BatchNorm."""
+        like = self.source.step
+        none = like.new_zeros(self.channels)
+        if self.layer is None:
+            return like.new_ones(self.channels, 1, 1, 1), like.new_ones(()), none
+        scaled, codes, step = self._in_steps()
+        if self._can_saturate:
+            narrowed = self._saturates(codes)
+            codes = torch.where(_rows(narrowed, codes), _halved(codes, scaled), codes)
+            step = torch.where(narrowed, 2 * step, step)
+        return codes, step, none if self.layer.bias is None else self.layer.bias
+
+    def _in_steps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's weights in units of their step, the codes that its quantizer makes of them, and the step."""
+        assert self.layer is not None
+        weight, grid = self.layer.weight, self.layer.weight_quantizer
+        assert isinstance(grid, StepQuantizer)
+        step = grid.step
+        scaled = weight / (step if step.numel() == 1 else _rows(step, weight))
+        return scaled, to_codes(scaled, grid), step
+
+    @property
+    def _can_saturate(self) -> bool:
+        """Whether two products could, if their codes were the largest; never with weights of 7 bits or fewer."""
+        return 2 * (self.largest_code + 1) * self._largest_input > LARGEST_PAIR
+
+    @property
+    def _largest_input(self) -> int:
+        """The largest unsigned byte that a runtime carries for an input's code."""
+        return self.source.qmax + zero_point(self.source)
+
+    def _saturates(self, codes: Tensor) -> Tensor:
+        """Channels in which any two products of one sign could: booleans (channels,)."""
+        flat = codes.detach().flatten(1)
+        by_sign = torch.stack([flat, -flat]).clamp(min=0)
+        largest_pair = by_sign.topk(min(2, flat.shape[1])).values.sum(2).amax(0)
+        return largest_pair * self._largest_input > LARGEST_PAIR
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias, scale = self.integers()
+            total = self._accumulate(x.float(), weight, bias)
+            if self.target is None:
+                return total * _columns(self.source.step * scale, total)
+            return to_codes(total * _columns(self.source.step * scale / self.target.step, total), self.target)
+
+    def _accumulate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The int32 accumulator in float32, rounded once where it has more than 24 bits."""
+        largest = weight.detach().abs().flatten(1).sum(1) * max(-self.source.qmin, self.source.qmax)
+        largest = largest + bias.detach().abs()
+        if float(largest.max()) > EXACT:
+            return self._product(x.double(), weight.double(), bias.double()).float()
+        return self._product(x, weight, bias)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if self.layer is None:
+            return F.conv2d(x, weight, bias, groups=self.channels)
+        if isinstance(self.layer, nn.Linear):
+            return F.linear(x, weight, bias)
+        return convolve(self.layer, x, weight, bias)
+
+
+def _halved(codes: Tensor, scaled: Tensor) -> Tensor:
+    """``scaled`` weights rounded to twice the step, once and from what they were; the gradient is that of ``codes``."""
+    half = codes / 2
+    return half + ((scaled / 2).round().clamp(-NARROWED_CODE, NARROWED_CODE) - half).detach()
+
+
+def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Gain and shift of a BatchNorm in evaluation mode."""
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+    gain = torch.rsqrt(var + norm.eps)
+    if norm.affine:
+        gain = gain * norm.weight
+    return gain, norm.bias - mean * gain if norm.affine else -mean * gain
+
+
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    """View (channels,) against a weight of shape (channels, ...)."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _columns(values: Tensor, like: Tensor) -> Tensor:
+    """View (channels,) against an activation of shape (batch, channels, ...)."""
+    return values.reshape(1, -1, *[1] * (like.ndim - 2))

@@ -1,0 +1,182 @@
+"""A quantized network as an ONNX file that another runtime executes in integers.
+
+The file is written from the graph of ``integer.simulate``, operation by operation, in the form runtimes recognize:
+DequantizeLinear, the operation, QuantizeLinear. ONNX Runtime fuses each such triple into one integer kernel. Codes of
+fewer than 8 bits travel in 8-bit integers between layers, cut to their range by a Clip.
+
+Taught in notebook 10.
+"""
+
+import copy
+import importlib
+import os
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, fx, nn
+
+from dfqlib.deploy import integer
+from dfqlib.deploy.onnx.operators import integer_model
+from dfqlib.errors import InputError
+from dfqlib.quantizer import QuantSpec, quantize_layers, set_mode
+from dfqlib.training.files import check_writable, written_whole
+
+Container = Literal["int8", "int4"]
+ImageShape = tuple[int, int, int]
+
+
+class Quantized(Protocol):
+    """What ``dfqlib.quantize`` returned, as far as it is exported."""
+
+    model: nn.Module
+    images: Tensor
+
+
+def export_onnx(
+    model: Quantized | nn.Module,
+    path: str | os.PathLike[str],
+    image_shape: ImageShape,
+    container: Container = "int8",
+) -> Path:
+    """Write a quantized network as an integer ONNX file: input "images" (batch, C, H, W), output "logits".
+
+    Both containers hold the same codes and run the same integer kernels; "int8" stores each weight in a byte (opset
+    17, read by any runtime with QDQ support), "int4" two weights of up to 4 bits in one byte (opset 21).
+
+    The file computes the same on every processor, with the runtime's default options. The fast kernels of x86
+    processors without VNNI instructions add the products of two inputs and weights in 16 bits, and cut what goes beyond
+    that; only 8-bit weights are large enough for it. Channels in which any two products could are therefore stored in
+    7 bits (``integer.narrowed`` counts them), which on ResNet-20 costs neither accuracy nor time. Weights of 8 bits
+    without sign would be exact too, but ONNX Runtime takes two to three times as long for them where there is VNNI.
+
+    Args:
+        model: the report of ``dfqlib.quantize``, or its ``model``; left untouched. A report has the images that set
+            the ranges of sums, a model without ``integer.prepare`` gets them from its BatchNorm statistics.
+        path: the file, replaced whole; nothing is left there when something fails.
+        image_shape: (channels, height, width); the batch stays free.
+        container: "int8" or "int4".
+
+    Returns:
+        ``path``.
+
+    Raises:
+        InputError: a layer has no integer form, the network is not quantized or not in float32, its shapes depend on
+            the batch, onnx is not installed or too old, or the path cannot be written.
+        NonFiniteError: a weight, a step or a statistic is NaN or infinite.
+
+    Taught in notebook 10.
+    """
+    if container not in get_args(Container):
+        raise InputError(f'container={container!r} must be "int8" or "int4"')
+    import_extra("onnx")
+    path = Path(path)
+    check_writable(path, "path")
+    simulation = integer_network(model, image_shape)
+    write_onnx(integer_model(simulation, shapes_of(simulation, image_shape), container), path)
+    return path
+
+
+def check_exportable(model: nn.Module, spec: QuantSpec, image_shape: ImageShape) -> None:
+    """Raise InputError if a model, once quantized, could not be exported: known before the minutes of work.
+
+    Taught in notebook 10.
+    """
+    import_extra("onnx")
+    network = quantize_layers(model, spec)
+    set_mode(network, "quantize")
+    simulation = integer_network(network, image_shape)
+    integer_model(simulation, shapes_of(simulation, image_shape), "int8")
+
+
+def integer_network(model: Quantized | nn.Module, image_shape: ImageShape) -> fx.GraphModule:
+    """The integer simulation of a copy of a report's model (or of a model): what ``export_onnx`` writes.
+
+    Taught in notebook 10.
+    """
+    network = copy.deepcopy(network_of(model)).cpu().eval().requires_grad_(False)
+    if not isinstance(model, nn.Module):
+        integer.prepare(network, model.images.cpu())
+    _zeros(image_shape, 1)
+    integer.prepare_from_noise(network, image_shape)
+    return integer.simulate(network)
+
+
+def network_of(model: Quantized | nn.Module) -> nn.Module:
+    """The fake-quantized network of a report, or the network itself."""
+    network = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(network, nn.Module):
+        raise InputError(f"model={type(model).__name__} is no network; give what dfqlib.quantize returned")
+    return network
+
+
+def shapes_of(network: fx.GraphModule, image_shape: ImageShape) -> dict[str, tuple[int, ...]]:
+    """The shape of each node's tensor without its batch dimension.
+
+    Raises:
+        InputError: images of that shape do not pass, or a shape depends on the batch; names the layer.
+    """
+    two, three = (_Shapes(network).of(_zeros(image_shape, batch)) for batch in (2, 3))
+    for name, shape in two.items():
+        if shape[:1] != (2,) or three[name] != (3, *shape[1:]):
+            raise InputError(
+                f"{name}: its shape is {shape} for a batch of 2 and {three[name]} for a batch of 3; an integer file "
+                "needs every tensor to keep the batch as its first dimension, so reshape to (x.shape[0], ...)"
+            )
+    return {name: shape[1:] for name, shape in two.items()}
+
+
+def _zeros(image_shape: Any, batch: int) -> Tensor:
+    try:
+        channels, height, width = image_shape
+        return torch.zeros(batch, channels, height, width)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"image_shape={image_shape!r} must be (channels, height, width), for example (3, 32, 32)"
+        ) from None
+
+
+class _Shapes(fx.Interpreter):
+    @torch.no_grad()
+    def of(self, images: Tensor) -> dict[str, tuple[int, ...]]:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.extra_traceback = False  # it would add lines to the message of an error
+        self.image_shape = tuple(images.shape[1:])
+        self.run(images)
+        return self.shapes
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{n.name} cannot take images of image_shape={self.image_shape} ({str(error).splitlines()[0]}); "
+                "give the shape the network was made for"
+            ) from error
+        if isinstance(value, Tensor) and n.op != "output":
+            self.shapes[n.name] = tuple(value.shape)
+        return value
+
+
+def write_onnx(proto: Any, path: Path) -> None:
+    """Check a model and put it in its place, whole or not at all."""
+    onnx = import_extra("onnx")
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise InputError(f"the installed onnx {onnx.__version__} refuses the graph ({error}); update onnx") from error
+    try:
+        with written_whole(path) as temporary:
+            temporary.write_bytes(proto.SerializeToString())
+    except OSError as error:
+        raise InputError(f"path={path} cannot be written ({error.strerror}); name another place") from error
+
+
+def import_extra(name: str) -> Any:
+    """A package of the ``export`` extra."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f'exporting needs the package {name}; pip install "dfqlib[export]"') from error

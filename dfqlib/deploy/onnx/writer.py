@@ -1,0 +1,173 @@
+"""Where the nodes and constants of an ONNX file are collected while a graph of integer operations is walked.
+
+Taught in notebook 10.
+"""
+
+import importlib
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx
+
+from dfqlib.deploy.integer.codes import zero_point
+from dfqlib.deploy.integer.layer import IntegerLayer
+from dfqlib.deploy.integer.operations import Clamp
+from dfqlib.errors import InputError
+from dfqlib.network import graph
+from dfqlib.quantizer import StepQuantizer
+
+OPSETS = {"int8": (17, 8), "int4": (21, 10)}
+"""Opset and file format version of each container: the oldest that have what it needs, for the most readers."""
+INPUT, OUTPUT = "images", "logits"
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Writer:
+    """Nodes and constants so far. A tensor of codes has its node's name; its values have the suffix "_real".
+
+    Args:
+        shapes: of each node's tensor, without the batch.
+        container: "int8" or "int4".
+    """
+
+    def __init__(self, shapes: Shapes, container: str) -> None:
+        self.onnx = importlib.import_module("onnx")
+        self.shapes, self.container = shapes, container
+        self.nodes: list[Any] = []
+        self.constants: dict[str, Any] = {}
+        self.names: dict[Any, str] = {}
+        self.grids: dict[Any, StepQuantizer] = {}
+        self.clipped: set[fx.Node] = set()
+        self._steps: dict[StepQuantizer, str] = {}
+        self._dequantized: set[str] = set()
+
+    def add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """Append a node; returns the name of its output."""
+        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def constant(self, name: str, values: Any, kind: str) -> str:
+        """Add a constant of numpy type ``kind`` (or "int4") unless it is there; returns its name."""
+        if name not in self.constants:
+            array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+            if kind == "int4":
+                self.constants[name] = self._packed(name, array)
+            else:
+                self.constants[name] = self.onnx.numpy_helper.from_array(np.asarray(array, kind, order="C"), name)
+        return name
+
+    def bound(self, code: int, grid: StepQuantizer) -> str:
+        """A code as the constant that a runtime carries it as."""
+        carried = code + zero_point(grid)
+        return self.constant(f"code_{carried}", carried, "uint8")
+
+    def real(self, node: fx.Node) -> str:
+        """The name of a tensor's values, dequantized once for all of its readers."""
+        if node not in self.grids:
+            return self.names[node]
+        name = f"{self.names[node]}_real"
+        if name not in self._dequantized:
+            self._dequantized.add(name)
+            self.add("DequantizeLinear", [self.names[node], *self.grid_constants(node, self.grids[node])], name)
+        return name
+
+    def store(self, node: fx.Node, values: str, grid: StepQuantizer) -> None:
+        """Quantize ``values`` as the codes of ``node``, clipped where a byte holds more than the grid."""
+        low, high = self._bounds(node, grid)
+        whole = (low + zero_point(grid), high + zero_point(grid)) == (0, 255)
+        name = node.name if whole else f"{node.name}_byte"
+        self.add("QuantizeLinear", [values, *self.grid_constants(node, grid)], name)
+        if not whole:
+            self.add("Clip", [name, self.bound(low, grid), self.bound(high, grid)], node.name)
+        self.keep(node, node.name, grid)
+
+    def _bounds(self, node: fx.Node, grid: StepQuantizer) -> tuple[int, int]:
+        """Smallest and largest code to store; those of a ReLU6 that alone reads them: one Clip does for both."""
+        reader = next(iter(node.users))
+        module = graph.module_of(reader) if reader.op == "call_module" else None
+        if len(node.users) == 1 and isinstance(module, Clamp):
+            self.clipped.add(node)
+            return module.bounds
+        return grid.qmin, grid.qmax
+
+    def keep(self, node: fx.Node, name: str, grid: StepQuantizer | None) -> None:
+        """Remember what ``node``'s tensor is called, and the grid of its codes (None: it is in floating point)."""
+        self.names[node] = name
+        if grid is not None:
+            self.grids[node] = grid
+
+    def weight(self, name: str, codes: Any, bits: int) -> str:
+        """A layer's codes in int8; packed ones are unpacked as the file is loaded, since kernels read bytes."""
+        if self.container == "int8" or bits > 4:
+            return self.constant(name, codes, "int8")
+        return self.add("Cast", [self.constant(name, codes, "int4")], f"{name}_int8", to=self.onnx.TensorProto.INT8)
+
+    def layer_constants(self, node: fx.Node, layer: IntegerLayer) -> list[str]:
+        """Dequantized weight and bias of a layer: the bias on the grid of the accumulator."""
+        codes, bias, steps = layer.integers()
+        weight_step = self.constant(f"{node.name}_weight_step", steps, "float32")
+        bias_step = self.constant(f"{node.name}_bias_step", layer.source.step * steps, "float32")
+        pairs = {
+            "weight": [self.weight(f"{node.name}_weight", codes, layer.bits), weight_step],
+            "bias": [self.constant(f"{node.name}_bias", bias, "int32"), bias_step],
+        }
+        if not layer.is_convolution:  # ONNX Runtime fuses a matrix product only if told even that this is zero
+            pairs["weight"].append(self.constant(f"{node.name}_weight_zero", np.zeros(len(steps)), "int8"))
+        return [
+            self.add("DequantizeLinear", inputs, f"{node.name}_{part}_real", axis=0) for part, inputs in pairs.items()
+        ]
+
+    def average_weight(self, node: fx.Node, ones: Tensor, step: Tensor) -> str:
+        """The weight of an average: ones, times one over their number."""
+        inputs = [
+            self.constant(f"{node.name}_weight", ones, "int8"),
+            self.constant(f"{node.name}_weight_step", step, "float32"),
+        ]
+        return self.add("DequantizeLinear", inputs, f"{node.name}_weight_real")
+
+    def table(self, node: fx.Node, source: fx.Node, entries: Tensor, grid: StepQuantizer) -> None:
+        """Look each code of ``source`` up."""
+        index = self.add("Cast", [self.names[source]], f"{node.name}_index", to=self.onnx.TensorProto.INT32)
+        values = self.constant(f"{node.name}_table", entries + zero_point(grid), "uint8")
+        self.keep(node, self.add("Gather", [values, index], node.name), grid)
+
+    def grid_constants(self, node: fx.Node, grid: StepQuantizer) -> list[str]:
+        """Step and zero point of ``node``'s codes, the step named after the first node on this grid."""
+        name = self._steps.setdefault(grid, f"{node.name}_step")
+        return [self.constant(name, grid.step, "float32"), self.bound(0, grid)]
+
+    def _packed(self, name: str, codes: np.ndarray) -> Any:
+        """Two 4-bit codes to a byte, the first in the low half."""
+        kind = getattr(self.onnx.TensorProto, "INT4", None)
+        if kind is None:
+            raise InputError(f'container="int4" needs onnx 1.16 or newer, this is {self.onnx.__version__}; update onnx')
+        halves = np.append(codes.flatten().astype(np.int8), np.int8(0)).view(np.uint8) & 15
+        pairs = halves[: 2 * ((codes.size + 1) // 2)].reshape(-1, 2)
+        raw = (pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8).tobytes()
+        return self.onnx.TensorProto(name=name, data_type=kind, dims=codes.shape, raw_data=raw)
+
+
+class FloatWriter(Writer):
+    """The same network without codes: float32 weights, and a ReLU where codes are unsigned."""
+
+    def store(self, node: fx.Node, values: str, grid: StepQuantizer) -> None:
+        self.keep(node, values if grid.signed else self.add("Relu", [values], node.name), None)
+
+    def bound(self, code: int, grid: StepQuantizer) -> str:
+        value = code * grid.step
+        return self.constant(f"value_{float(value):.9g}", value, "float32")
+
+    def layer_constants(self, node: fx.Node, layer: IntegerLayer) -> list[str]:
+        codes, bias, steps = layer.integers()
+        weight = codes * steps.reshape(-1, *[1] * (codes.ndim - 1))
+        return [
+            self.constant(f"{node.name}_weight", weight, "float32"),
+            self.constant(f"{node.name}_bias", bias * layer.source.step * steps, "float32"),
+        ]
+
+    def average_weight(self, node: fx.Node, ones: Tensor, step: Tensor) -> str:
+        return self.constant(f"{node.name}_weight", ones * step, "float32")
+
+    def table(self, node: fx.Node, source: fx.Node, entries: Tensor, grid: StepQuantizer) -> None:
+        raise InputError(f"{node.name} is a table of codes, which has no floating-point form here")

@@ -1,0 +1,1 @@
+"""How good a quantized network and its synthetic images are, and where the loss comes from."""

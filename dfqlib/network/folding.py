@@ -1,0 +1,215 @@
+"""Fold BatchNorm and keep the architecture: every layer and tensor of the model stays where it was.
+
+The weights take BatchNorm's scale; the layer itself stays, with scale 1, and only adds the bias. So a folded network
+can be quantized, saved, and rebuilt from the model's architecture as if nothing had happened.
+
+Taught in notebook 02.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfqlib.network import graph
+
+Relu6 = Literal["keep", "replace"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A conv or linear layer that is called once, and where its bias is.
+
+    Attributes:
+        node: the call of ``module``.
+        module: with weight (out, in / groups, ...).
+        norm: the BatchNorm layer that alone reads it, or None.
+        output: the node of ``norm``, or ``node``.
+    """
+
+    node: fx.Node
+    module: Any
+    norm: Any
+    output: fx.Node
+
+    @property
+    def name(self) -> str:
+        """Name of ``module`` in the network."""
+        return str(self.node.target)
+
+    @property
+    def channels(self) -> int:
+        """Output channels."""
+        return int(self.module.weight.shape[0])
+
+    @torch.no_grad()
+    def shift(self, amount: Tensor) -> None:
+        """Add (channels,) to the layer's products: to its bias, else to its BatchNorm's mean, else as a new bias."""
+        if self.module.bias is not None:
+            self.module.bias.add_(amount)
+        elif self.norm is not None:
+            self.norm.running_mean.sub_(amount)
+        else:
+            self.module.bias = nn.Parameter(amount.to(self.module.weight), self.module.weight.requires_grad)
+
+    def bias(self) -> Tensor:
+        """What a layer with its BatchNorm folded adds to its products, (channels,)."""
+        own = self.module.weight.new_zeros(self.channels) if self.module.bias is None else self.module.bias.detach()
+        return own if self.norm is None else own - self.norm.running_mean
+
+    @torch.no_grad()
+    def scale_outputs(self, factors: Tensor) -> None:
+        """Multiply what a layer with its BatchNorm folded puts out by ``factors``, (channels,), in place."""
+        self.module.weight.mul_(_against(factors, self.module.weight))
+        for bias in (self.module.bias, None if self.norm is None else self.norm.running_mean):
+            if bias is not None:
+                bias.mul_(factors)
+
+    @torch.no_grad()
+    def scale_inputs(self, factors: Tensor) -> None:
+        """Multiply the weights that read input channel c by ``factors[c]``, (input channels,), in place."""
+        weight = self.module.weight
+        scaled = self.by_input(weight, len(factors)) * factors.view(self.groups, 1, -1, 1)
+        weight.copy_(scaled.reshape(weight.shape))
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution, 1 for a linear layer."""
+        return int(getattr(self.module, "groups", 1))
+
+    def by_input(self, weight: Tensor, channels: int) -> Tensor:
+        """A tensor like the layer's weight as (groups, outputs, inputs, positions).
+
+        Input channel c is ``[c // inputs, :, c % inputs]``; a linear layer that reads flattened feature maps has as
+        many positions as they have pixels.
+        """
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, channels // self.groups, -1)
+
+    def response(self, weight: Tensor, means: Tensor) -> Tensor:
+        """What ``weight``, shaped like the layer's, makes of a constant (input channels,): (channels,).
+
+        Zero padding is taken to have the constant too.
+        """
+        by_input = self.by_input(weight, len(means)).sum(3)
+        return by_input.matmul(means.to(weight).view(self.groups, -1, 1)).flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """A network whose BatchNorm layers do nothing any more but add a bias.
+
+    Attributes:
+        network: the graph, with the module and tensor names of the model.
+        layers: those called once, by name.
+        statistics: mean and deviation, (channels,) each, of what each BatchNorm layer puts out, by its name.
+    """
+
+    network: fx.GraphModule
+    layers: dict[str, Layer]
+    statistics: dict[str, tuple[Tensor, Tensor]]
+
+
+def find_layers(network: fx.GraphModule) -> dict[str, Layer]:
+    """The conv and linear layers of a graph that are called once, quantized or not, by name."""
+    calls = [str(node.target) for node in network.graph.nodes if node.op == "call_module"]
+    found = {}
+    for node in network.graph.nodes:
+        if node.op != "call_module" or calls.count(str(node.target)) > 1:
+            continue
+        module = graph.module_of(node)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            reader = next(iter(node.users)) if len(node.users) == 1 else node
+            norm = graph.module_of(reader) if reader.op == "call_module" else None
+            folds = isinstance(norm, _BatchNorm) and norm.running_mean is not None and calls.count(reader.target) == 1
+            found[str(node.target)] = Layer(node, module, norm if folds else None, reader if folds else node)
+    return found
+
+
+@torch.no_grad()
+def fold(model: nn.Module, relu6: Relu6 = "keep") -> Folded:
+    """A copy of a network with the scale of each BatchNorm layer moved into the weights before it.
+
+    The layer stays where it was, with scale 1 and variance 1, and adds what is left, the bias: names and shapes of all
+    tensors remain those of the model. The FP32 output is unchanged to rounding (unless ReLU6 are replaced).
+
+    Args:
+        model: a classifier; left as it is.
+        relu6: "replace" turns each ReLU6 into a ReLU, as the paper does for MobileNetV2: channels can then be scaled
+            across it, and the output changes wherever a value was above 6.
+
+    Taught in notebook 02.
+    """
+    network, _ = graph.trace(rebuild(model, {"relu6": relu6}))
+    layers = find_layers(network)
+    statistics = {
+        name: (_clone(norm.bias, norm.running_mean, 0.0), _clone(norm.weight, norm.running_mean, 1.0).abs())
+        for name, norm in network.named_modules()
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None
+    }
+    for layer in layers.values():
+        if layer.norm is not None:
+            _fold(layer)
+    return Folded(network, layers, statistics)
+
+
+def _clone(values: Tensor | None, like: Any, default: float) -> Tensor:
+    return torch.full_like(like, default) if values is None else values.detach().clone()
+
+
+def _fold(layer: Layer) -> None:
+    norm, module = layer.norm, layer.module
+    scale = _clone(norm.weight, norm.running_mean, 1.0) / (norm.running_var + norm.eps).sqrt()
+    bias = scale * (layer.bias()) + _clone(norm.bias, norm.running_mean, 0.0)
+    module.weight.mul_(_against(scale, module.weight))
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1 - norm.eps)
+    for parameter, value in ((norm.weight, 1.0), (norm.bias, 0.0)):
+        if parameter is not None:
+            parameter.fill_(value)
+    if module.bias is not None:
+        module.bias.zero_()
+    layer.shift(bias)
+
+
+def _against(values: Tensor, weight: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def rebuild(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
+    """The architecture that ``changes`` made of ``model``'s: what a file has to say beside the model's name.
+
+    Args:
+        model: left as it is.
+        changes: "relu6": "replace" for each ReLU6 a ReLU; "biases": names of layers that got a bias. Missing keys
+            change nothing, and without changes the model itself is returned.
+    """
+    if changes.get("relu6") != "replace" and not changes.get("biases"):
+        return model
+    network, _ = graph.trace(model)
+    if changes.get("relu6") == "replace":
+        _replace_relu6(network)
+    for name in changes.get("biases", ()):
+        layer: Any = network.get_submodule(name)
+        layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))
+    return network
+
+
+def _replace_relu6(network: fx.GraphModule) -> None:
+    for node in network.graph.nodes:
+        if graph.operation(node) is nn.ReLU6:
+            network.set_submodule(str(node.target), nn.ReLU())
+        elif graph.operation(node) is F.relu6:
+            node.target = F.relu
+    network.recompile()
+
+
+def changes(network: nn.Module, model: nn.Module, relu6: Relu6) -> dict[str, Any]:
+    """What ``rebuild`` needs to make the architecture of ``network``, which was made of ``model``."""
+    before = {name for name, module in model.named_modules() if getattr(module, "bias", None) is not None}
+    kinds = nn.Conv2d | nn.Linear
+    now = [name for name, module in network.named_modules() if isinstance(module, kinds) and module.bias is not None]
+    return {"relu6": relu6, "biases": [name for name in now if name not in before]}

@@ -1,0 +1,1 @@
+"""What helps before any training: equalized channels, corrected biases, learned rounding."""
