@@ -5,17 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from dfqlib.errors import InputError
-from dfqlib.network import graph
-
-RECIPES_WITHOUT_BATCHNORM = ("dafl", "dfad", "equalize")
-RECIPES_WITH_IMAGES = ("calibrate", "real")
-"""Need none either, given real images."""
 
 
 class _BatchStatistics(torch.autograd.Function):
@@ -179,21 +173,6 @@ def layers(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def require(model: nn.Module, recipe: str) -> None:
-    """Check that a model has the BatchNorm statistics that a recipe reads.
-
-    Raises:
-        InputError: it has none; the message names the recipes that need none.
-    """
-    if not layers(model):
-        others = ", ".join(map(repr, RECIPES_WITHOUT_BATCHNORM))
-        given = " or ".join(map(repr, RECIPES_WITH_IMAGES))
-        raise InputError(
-            f"recipe={recipe!r} reads BatchNorm statistics and model has none: use one of {others}, or with real "
-            f"images= {given}"
-        )
-
-
 def _stay_in_eval(layer: nn.Module, _: object) -> None:
     if layer.training:
         layer.eval()
@@ -210,50 +189,3 @@ def freeze(model: nn.Module) -> None:
         layer.eval()
         if _stay_in_eval not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_stay_in_eval)
-
-
-def fold(model: nn.Module) -> nn.Module:
-    """A copy of a model with each BatchNorm layer folded into the convolution or linear layer before it.
-
-    In evaluation mode BatchNorm is an affine map of each channel, so the outputs stay the same to
-    rounding. A layer whose input has another consumer, or that follows something else, is left as it is.
-
-    Args:
-        model: any network that ``torch.fx`` can trace; not modified.
-
-    Returns:
-        The folded network in evaluation mode.
-
-    Raises:
-        InputError: the network cannot be traced.
-
-    Taught in notebook 10.
-    """
-    traced, opaque = graph.trace(model)
-    if opaque:
-        raise InputError(f'model: "{opaque[0]}" cannot be traced by torch.fx, which folding needs')
-    modules = dict(traced.named_modules())
-    calls = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
-    for node in list(traced.graph.nodes):
-        source = node.args[0] if node.args else None
-        if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
-            continue
-        name, source_name = str(node.target), str(source.target)
-        layer, before = modules[name], modules[source_name]
-        if not isinstance(layer, _BatchNorm) or layer.running_mean is None:
-            continue
-        if len(source.users) > 1 or calls.count(name) > 1 or calls.count(source_name) > 1:
-            continue
-        if isinstance(before, nn.Linear):
-            folded: nn.Module = fuse_linear_bn_eval(before, layer)
-        elif isinstance(before, nn.modules.conv._ConvNd):
-            transposed = isinstance(before, nn.modules.conv._ConvTransposeNd)
-            folded = fuse_conv_bn_eval(before, layer, transpose=transposed)
-        else:
-            continue
-        traced.set_submodule(source_name, folded)
-        node.replace_all_uses_with(source)
-        traced.graph.erase_node(node)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced

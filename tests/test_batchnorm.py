@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from dfqlib import batchnorm
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
+from dfqlib.network import folding
+from dfqlib.recipes import base
 
 
 class Network(nn.Module):
@@ -147,11 +149,11 @@ def test_a_network_without_batchnorm_is_refused() -> None:
     with pytest.raises(InputError, match="BatchNorm"):
         BatchNormProbe(model)
     with pytest.raises(InputError, match="recipe='zeroq'"):
-        batchnorm.require(model, "zeroq")
+        base.require_batchnorm(model, "zeroq")
 
 
 def test_require_accepts_a_network_with_batchnorm(network: nn.Module) -> None:
-    batchnorm.require(network, "zeroq")
+    base.require_batchnorm(network, "zeroq")
 
 
 def test_frozen_statistics_survive_training_mode(network: nn.Module) -> None:
@@ -194,15 +196,15 @@ class Foldable(nn.Module):
 def test_folding_leaves_the_outputs_as_they_are() -> None:
     model = _randomize(Foldable()).eval()
     before = copy.deepcopy(model.state_dict())
-    folded = batchnorm.fold(model)
+    folded = folding.merge(model)
     images = torch.randn(3, 4, 9, 9)
-    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules())
+    assert list(batchnorm.layers(folded)) == ["features.4"]  # behind the transposed convolution
     torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_folding_leaves_what_has_two_uses(network: nn.Module) -> None:
-    folded = batchnorm.fold(network)
+    folded = folding.merge(network)
     images = torch.randn(3, 3, 8, 8)
     assert list(batchnorm.layers(folded)) == ["norm"]  # called twice; last_norm is folded into fc
     torch.testing.assert_close(folded(images), network(images), rtol=1e-4, atol=1e-5)
@@ -214,4 +216,4 @@ def test_folding_what_cannot_be_traced_says_so() -> None:
             return x if x.sum() > 0 else -x
 
     with pytest.raises(InputError, match=r"torch\.fx"):
-        batchnorm.fold(Dynamic())
+        folding.merge(Dynamic())

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib import models, recipes
-from dfqlib.batchnorm import RECIPES_WITH_IMAGES
 from dfqlib.cli.subject import Subject, build_own, labelled_images, load_subject
 from dfqlib.deploy import integer
 from dfqlib.deploy.onnx import check_exportable, export_onnx, integer_network
@@ -26,6 +25,7 @@ from dfqlib.deploy.saving import load_quantized, save_quantized
 from dfqlib.errors import InputError
 from dfqlib.evaluation.metrics import Batches, agreement, compare_classes, predict_classes
 from dfqlib.recipes import Report
+from dfqlib.recipes.base import RECIPES_WITH_IMAGES
 from dfqlib.spec import QuantSpec
 from dfqlib.training.files import check_writable
 

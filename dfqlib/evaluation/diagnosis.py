@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dfqlib.deploy.onnx.verify import float_network
 from dfqlib.errors import InputError
 from dfqlib.evaluation.metrics import agreement, sqnr
 from dfqlib.network.inference import predict
 from dfqlib.quantizer import Quantizer, StepQuantizer, quantizers
+from dfqlib.quantizer.plain import float_network
 
 POOR_SQNR = 10.0
 """Decibels below which a layer's output is more noise than its next layer can use."""

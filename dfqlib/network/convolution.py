@@ -58,8 +58,14 @@ class Unstrided(nn.Conv2d):
 
 
 def kind_of(module: nn.Module) -> Any:
-    """The class of a module, that of before ``guard`` for what it has exchanged."""
-    return next(kind for kind in type(module).__mro__ if not issubclass(kind, Unstrided))
+    """What a module computes, as a class: torch's own for a subclass that adds nothing, or that ``guard`` made."""
+    own = next(kind for kind in type(module).__mro__ if not issubclass(kind, Unstrided))
+    for kind in own.__mro__:
+        if kind.__module__.startswith("torch.nn.modules") and all(
+            getattr(own, name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward", "__call__")
+        ):
+            return kind
+    return own
 
 
 def restore(model: nn.Module, like: nn.Module) -> nn.Module:

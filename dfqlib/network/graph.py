@@ -6,8 +6,8 @@ Built on torch.fx, so that nothing about an architecture is assumed: ``nn.ReLU``
 Taught in notebook 07.
 """
 
-import copy
-import operator
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,65 +15,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from dfqlib.network import kinds
 from dfqlib.network.convolution import Unstrided, kind_of
+from dfqlib.network.plain import plain
+from dfqlib.network.rewriting import make_layers, unused, use_positions, write_out_of_place
 
-_F: Any = F  # the functional namespace is only partly typed
-Operations = set[Any]  # module classes, functions, method names
-RELU: Operations = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, _F.relu_, torch.relu, "relu", "relu_"}
-NON_NEGATIVE: Operations = RELU | {
-    nn.Sigmoid,
-    nn.Hardsigmoid,
-    nn.Softmax,
-    nn.Softplus,
-    F.sigmoid,
-    F.hardsigmoid,
-    F.softmax,
-}
-NON_NEGATIVE |= {
-    torch.sigmoid,
-    torch.softmax,
-    torch.abs,
-    torch.exp,
-    F.softplus,
-    "sigmoid",
-    "softmax",
-    "abs",
-    "exp",
-}
-VIEWS: Operations = {nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, torch.flatten, F.dropout, F.dropout2d}
-VIEWS |= {"flatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze", torch.squeeze, torch.unsqueeze}
-SELECTIONS: Operations = {
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.Upsample,
-    nn.ChannelShuffle,
-}
-SELECTIONS |= {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate, F.pad}
-SELECTIONS |= {
-    operator.getitem,
-    torch.mean,
-    "mean",
-    torch.transpose,
-    "transpose",
-    "permute",
-    torch.chunk,
-    "chunk",
-}
-SELECTIONS |= {torch.split, "split", "repeat", "expand"}
-COMBINATIONS: Operations = {
-    operator.add,
-    operator.mul,
-    operator.iadd,
-    torch.add,
-    torch.mul,
-    torch.cat,
-    torch.maximum,
-    "add",
-    "mul",
-}
-IN_PLACE = {_F.relu_: F.relu, "relu_": "relu", "add_": "add", "mul_": "mul"}
+__all__ = ["is_non_negative", "module_of", "non_negative", "operation", "stored_tensor", "trace", "unused"]
+
+_NEVER_BELOW_ZERO = ("nearest", "nearest-exact", "linear", "bilinear", "area")
+"""Ways of resizing that average; bicubic ones overshoot."""
 
 
 class _Tracer(fx.Tracer):
@@ -84,7 +34,15 @@ class _Tracer(fx.Tracer):
         self.opaque: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Unstrided) or super().is_leaf_module(m, module_qualified_name)
+        kind = kind_of(m)  # a subclass that computes what its base does is that base
+        torchs = kind.__module__.startswith("torch.nn.modules") and not issubclass(kind, nn.Sequential)
+        return isinstance(m, Unstrided) or torchs or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """A network is called with images alone: whatever else its forward takes has its default."""
+        names = list(inspect.signature(root_fn).parameters)[1:]
+        images = self.create_proxy("placeholder", names[0] if names and names[0].isidentifier() else "x", (), {})
+        return root_fn, [self.root, images]
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -125,14 +83,17 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, list[str]]:
     Args:
         model: a network called with one tensor.
     """
-    copied = copy.deepcopy(model).eval()
+    copied = plain(model).eval()
     try:
         tracer = _Tracer()
-        traced = fx.GraphModule(copied, tracer.trace(copied), type(model).__name__)
+        nodes = tracer.trace(copied)
     except Exception:  # as in call_module: the network's own forward needs values
         tracer, copied = _Tracer(), _Whole(copied)
-        traced = fx.GraphModule(copied, tracer.trace(copied), type(model).__name__)
-    _write_out_of_place(traced)
+        nodes = tracer.trace(copied)
+    use_positions(copied, nodes)
+    make_layers(copied, nodes)
+    traced = fx.GraphModule(copied, nodes, type(model).__name__)
+    write_out_of_place(traced)
     return traced.eval(), tracer.opaque
 
 
@@ -150,41 +111,76 @@ def module_of(node: fx.Node) -> nn.Module:
     return root.get_submodule(str(node.target))
 
 
-def _write_out_of_place(traced: fx.GraphModule) -> None:
-    for node in traced.graph.nodes:
-        in_place = operation(node) in IN_PLACE or bool(node.kwargs.get("inplace"))
-        if in_place:
-            node.target = IN_PLACE.get(node.target, node.target)
-            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-        if node.op == "call_module" and getattr(module_of(node), "inplace", False):
-            module_of(node).inplace, in_place = False, True  # type: ignore[assignment]
-        if in_place:
-            earlier = {node, *_before(node)}
-            node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user, seen=earlier: user not in seen)
-    traced.recompile()
-
-
-def _before(node: fx.Node) -> list[fx.Node]:
-    nodes = list(node.graph.nodes)
-    return nodes[: nodes.index(node)]
-
-
 def stored_tensor(node: fx.Node) -> fx.Node:
     """The node that made the tensor in memory that ``node`` shows: reshapes and dropout in eval make no new one."""
-    while operation(node) in VIEWS:
+    while operation(node) in kinds.VIEWS:
         node = node.all_input_nodes[0]
     return node
 
 
 def is_non_negative(node: fx.Node) -> bool:
-    """Whether the structure guarantees that no element is negative: after a ReLU, pooled, padded or summed of such."""
-    kind, sources = operation(node), node.all_input_nodes
-    if kind in NON_NEGATIVE:
+    """Whether the structure guarantees that no element is negative: see ``non_negative``."""
+    return node in non_negative(node.graph)
+
+
+def non_negative(nodes: fx.Graph) -> set[fx.Node]:
+    """The tensors of a graph without negative elements, by its structure: after a ReLU, pooled or summed of such.
+
+    One pass over a graph as ``trace`` made it, before anything is inserted.
+    """
+    found: set[fx.Node] = set()
+    for node in nodes.nodes:
+        if _is_non_negative(node, found):
+            found.add(node)
+    return found
+
+
+def _is_non_negative(node: fx.Node, known: set[fx.Node]) -> bool:
+    kind = operation(node)
+    values = [value for value in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if value is not None]
+    tensors = [value for value in values if isinstance(value, fx.Node)]
+    sound = [value in known if isinstance(value, fx.Node) else _at_least_zero(value) for value in values]
+    if kind in kinds.RELUS | kinds.POSITIVE:
         return True
-    if kind in VIEWS | SELECTIONS:
+    if kind in kinds.CLAMPS:
+        return _lower_bound(node) >= 0 or tensors[0] in known
+    if not tensors:
+        return False
+    if kind in kinds.RESIZES:
+        given = dict(zip(("size", "scale_factor", "mode"), node.args[1:], strict=False)) | node.kwargs
+        mode = getattr(module_of(node), "mode", None) if node.op == "call_module" else given.get("mode", "nearest")
+        return tensors[0] in known and mode in _NEVER_BELOW_ZERO
+    if kind in kinds.PADS | kinds.PAD_MODULES:
         fill = node.args[3] if kind is F.pad and len(node.args) > 3 else node.kwargs.get("value")
-        return is_non_negative(sources[0]) and (not isinstance(fill, int | float) or fill >= 0)
-    if kind in COMBINATIONS:
-        numbers = [value for value in node.args if isinstance(value, int | float)]
-        return bool(sources) and all(map(is_non_negative, sources)) and min(numbers, default=0) >= 0
+        fill = getattr(module_of(node), "value", 0) if node.op == "call_module" else fill
+        return tensors[0] in known and (fill is None or _at_least_zero(fill))
+    if kind in kinds.VIEWS | kinds.SELECTIONS:
+        return tensors[0] in known
+    if kind in kinds.MAXIMA:
+        return any(value in known for value in tensors)
+    if kind in kinds.PRODUCTS and len(node.args) == 2 and node.args[0] is node.args[1]:
+        return True  # a square
+    if kind in kinds.STACKS:
+        return all(value in known for value in tensors)
+    if kind in kinds.ADDS | kinds.PRODUCTS | kinds.QUOTIENTS | kinds.MINIMA:
+        return all(sound)
     return False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _at_least_zero(value: Any) -> bool:
+    return _is_number(value) and bool(value >= 0)
+
+
+def _lower_bound(node: fx.Node) -> float:
+    """The least that a clamp lets through; -inf where that is no number."""
+    if node.op == "call_module":
+        low: Any = getattr(module_of(node), "min_val", None)
+    else:
+        name = "min_val" if operation(node) is F.hardtanh else "min"
+        default = -1.0 if operation(node) is F.hardtanh else None
+        low = node.args[1] if len(node.args) > 1 else node.kwargs.get(name, default)
+    return float(low) if _is_number(low) else -math.inf

@@ -35,7 +35,12 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     place = next(model.parameters(), torch.empty(0)).device
     try:
         logits = model(images.to(place))
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        if dtypes and images.dtype not in dtypes:
+            raise InputError(
+                f"the model has weights in {dtypes.pop()}, the images are {images.dtype}; give model.float()"
+            ) from error
         raise InputError(
             f"the model cannot take images of shape {tuple(images.shape[1:])} ({_first_line(error)}); "
             "check image_shape, or resize the images"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from dfqlib.errors import InputError
-from dfqlib.network import graph
+from dfqlib.network import graph, kinds
 from dfqlib.network.folding import find_layers
 from dfqlib.posttraining.moments import Statistics, propagate
 from dfqlib.quantizer import AffineQuantizer, Quantizer, StepQuantizer, fake_quantize, integer_range
@@ -117,7 +117,7 @@ def round_biases(student: fx.GraphModule, bits: int) -> list[str]:
     rounded = []
     for name, layer in find_layers(student).items():
         source = layer.node.all_input_nodes[0]
-        while graph.operation(source) in graph.VIEWS:
+        while graph.operation(source) in kinds.VIEWS:
             source = source.all_input_nodes[0]
         if graph.operation(source) not in (StepQuantizer, AffineQuantizer):
             continue

@@ -18,17 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dfqlib.network import graph
+from dfqlib.network import graph, kinds
 from dfqlib.network.folding import Folded, Layer
-from dfqlib.posttraining.moments import MEANS, SIXES
 
-ACTIVATIONS = (graph.RELU - SIXES) | {nn.LeakyReLU, F.leaky_relu}
+ACTIVATIONS = kinds.RELU | {nn.LeakyReLU, F.leaky_relu}
 """What a positive factor passes through unchanged; not a ReLU6, whose upper bound stays where it is."""
-POOLS: graph.Operations = {nn.MaxPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d, F.adaptive_max_pool2d}
-POOLS |= {nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d}
-SAME: graph.Operations = {nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, "contiguous"}
-FLATTENS: graph.Operations = {nn.Flatten, torch.flatten, "flatten", "view", "reshape", *MEANS}
-SIZES: graph.Operations = {getattr, "size", "dim"}
+POOLS = kinds.MAX_POOLS | kinds.ADAPTIVE_MAX_POOLS | {nn.AvgPool2d, F.avg_pool2d} | kinds.ADAPTIVE
+FLATTENS = kinds.FLATTENS | kinds.MEANS
+SIZES = kinds.SIZES | {getattr}
 DEAD = 1e-5
 """Share of a layer's largest range below which a channel is dead: no width that is used here could tell it from 0."""
 
@@ -79,7 +76,7 @@ def _reader(first: Layer, by_node: Mapping[fx.Node, Layer]) -> Pair | None:
             flattened = True
         elif kind in POOLS:
             padded |= _pads(node)
-        elif kind not in ACTIVATIONS | SAME:
+        elif kind not in ACTIVATIONS | kinds.NOTHING:
             return None
 
 
@@ -89,7 +86,7 @@ def _keeps_channels(node: fx.Node) -> bool:
     if kind is nn.Flatten:
         module: Any = graph.module_of(node)
         return (module.start_dim, module.end_dim) == (1, -1)
-    if kind in MEANS:
+    if kind in kinds.MEANS:
         dims = given[0] if given else node.kwargs.get("dim")
         return isinstance(dims, tuple | list) and sorted(d % 4 for d in dims if isinstance(d, int)) == [2, 3]
     if kind in ("view", "reshape"):

@@ -16,18 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn import functional as F
 
-from dfqlib.network import graph
+from dfqlib.network import graph, kinds
 from dfqlib.quantizer import AffineQuantizer, StepQuantizer, quantizers
 
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 """Mean and standard deviation, (channels,) each, of what a module puts out, by the module's name."""
-SIXES: graph.Operations = {nn.ReLU6, F.relu6}
-ADDS: graph.Operations = {operator.add, operator.iadd, torch.add, "add", "add_"}
-MEANS: graph.Operations = {torch.mean, "mean"}
-AVERAGES: graph.Operations = {nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d, *MEANS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,13 +125,13 @@ def _propagate(node: fx.Node, known: Mapping[fx.Node, ClippedNormal], statistics
         return None
     first = known[sources[0]]
     tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    if kind in graph.RELU:
-        return first.clip(0.0, 6.0 if kind in SIXES else math.inf)
-    if kind in graph.VIEWS or kind in (StepQuantizer, AffineQuantizer):
+    if kind in kinds.RELUS:
+        return first.clip(0.0, 6.0 if kind in kinds.RELU6 else math.inf)
+    if kind in kinds.VIEWS or kind in (StepQuantizer, AffineQuantizer):
         return first
-    if kind in AVERAGES:
+    if kind in kinds.AVERAGES:
         return dataclasses.replace(first, mean=first.expectation(), std=first.variance().sqrt())
-    if kind in ADDS and len(node.args) == 2 and len(tensors) == 2 and all(term in known for term in tensors):
+    if kind in kinds.ADDS and len(node.args) == 2 and len(tensors) == 2 and all(term in known for term in tensors):
         return _sum(*(known[term] for term in tensors))
     if kind is torch.cat and len(sources) == len(node.all_input_nodes):
         parts = [known[part] for part in node.all_input_nodes]

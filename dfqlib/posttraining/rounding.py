@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from dfqlib.errors import InputError
-from dfqlib.network import graph
+from dfqlib.network import graph, kinds
 from dfqlib.network.convolution import convolve
-from dfqlib.network.folding import Layer, find_layers
-from dfqlib.posttraining.moments import SIXES
+from dfqlib.network.folding import Layer, find_layers, per_channel
 from dfqlib.quantizer import StepQuantizer
-from dfqlib.quantizer.functions import per_channel
 from dfqlib.spec import QuantSpec
 from dfqlib.training import Session, adam
 
@@ -189,9 +187,9 @@ def _after(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _relu(layer: Layer) -> Callable[[Tensor], Tensor] | None:
     users = list(layer.output.users)
-    if len(users) != 1 or graph.operation(users[0]) not in graph.RELU:
+    if len(users) != 1 or graph.operation(users[0]) not in kinds.RELUS:
         return None
-    return nn.functional.relu6 if graph.operation(users[0]) in SIXES else nn.functional.relu
+    return nn.functional.relu6 if graph.operation(users[0]) in kinds.RELU6 else nn.functional.relu
 
 
 @torch.no_grad()

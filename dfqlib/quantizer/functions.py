@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dfqlib.errors import InputError
+from dfqlib.network.folding import per_channel
 from dfqlib.spec import integer_range
 
 _inside = torch.ops.aten.hardtanh_backward
@@ -110,8 +111,3 @@ def affine_quantize(x: Tensor, low: Tensor | float, high: Tensor | float, bits: 
     zero_point = _round(scale * low) + 2 ** (bits - 1)
     codes = _round(scale * x - zero_point).clamp(*integer_range(bits, signed=True))
     return (codes + zero_point) / scale
-
-
-def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """View (channels,) as (channels, 1, ...) against x; scalars stay scalars."""
-    return values if values.numel() == 1 else values.reshape(-1, *[1] * (x.ndim - 1))

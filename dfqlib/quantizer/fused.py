@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dfqlib.network import folding, graph
+from dfqlib.network import folding, graph, kinds
 from dfqlib.network.convolution import convolve
-from dfqlib.quantizer.functions import per_channel
+from dfqlib.network.folding import per_channel
 from dfqlib.quantizer.modules import StepQuantizer
-
-RELU: graph.Operations = {nn.ReLU, F.relu, torch.relu, "relu"}
 
 
 class _Merged(nn.Module):
@@ -73,7 +71,7 @@ def _leave_out_relu(node: fx.Node) -> None:
     if not isinstance(quantizer, StepQuantizer) or quantizer.signed or quantizer.mode != "quantize":
         return
     relu = node.all_input_nodes[0]
-    if graph.operation(relu) in RELU and len(relu.users) == 1:
+    if graph.operation(relu) in kinds.RELU and len(relu.users) == 1:
         node.replace_input_with(relu, relu.all_input_nodes[0])
         node.graph.erase_node(relu)
 

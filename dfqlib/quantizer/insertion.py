@@ -57,18 +57,18 @@ def quantize_layers(model: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     Taught in notebook 07.
     """
     network, opaque = graph.trace(model)
-    calls = [node for node in network.graph.nodes if graph.operation(node) in _QUANTIZED]
+    calls = [node for node in network.graph.nodes if _runs_layers(node, opaque)]
     inside = [name for top in opaque for name in _layers_inside(network, top)]
-    names = [str(node.target) for node in calls] + inside
+    names = list(dict.fromkeys(name for node in calls for name in _layers_of(network, node)))
     if not names:
         raise InputError(f"model={type(model).__name__} has no Conv2d or Linear layer, so there is nothing to quantize")
     unknown = dict(spec.layers).keys() - set(names)
     if unknown:
-        raise InputError(f'bits: no layer is called "{min(unknown)}"; the layers are {", ".join(dict.fromkeys(names))}')
+        raise InputError(f'bits: no layer is called "{min(unknown)}"; the layers are {", ".join(names)}')
     edges = {names[0], names[-1]}
-    for name in dict.fromkeys(names):
+    for name in names:
         _quantize_weights(network.get_submodule(name), spec, spec.weight_bits_of(name, name in edges))
-    _insert_activation_quantizers(network, calls, edges, spec)
+    _insert_activation_quantizers(network, calls, set(opaque), edges, spec)
     for name in inside:
         bits = spec.edge_bits if name in edges else spec.activation_bits
         layer = network.get_submodule(name)
@@ -76,6 +76,16 @@ def quantize_layers(model: nn.Module, spec: QuantSpec) -> fx.GraphModule:
         layer.register_forward_pre_hook(_quantize_input)
     network.meta.update(spec=spec, unquantized=_unquantized(network))
     return network.eval()
+
+
+def _runs_layers(node: fx.Node, opaque: list[str]) -> bool:
+    return graph.operation(node) in _QUANTIZED or (node.op == "call_module" and node.target in opaque)
+
+
+def _layers_of(network: nn.Module, node: fx.Node) -> list[str]:
+    """The layer that a node calls, or those inside the opaque block that it calls, in the order they are defined."""
+    name = str(node.target)
+    return [name] if graph.operation(node) in _QUANTIZED else _layers_inside(network, name)
 
 
 def _layers_inside(network: nn.Module, top: str) -> list[str]:
@@ -102,22 +112,22 @@ def _activation_quantizer(bits: int, signed: bool, spec: QuantSpec) -> Quantizer
 
 
 def _insert_activation_quantizers(
-    network: fx.GraphModule, calls: list[fx.Node], edges: set[str], spec: QuantSpec
+    network: fx.GraphModule, calls: list[fx.Node], opaque: set[str], edges: set[str], spec: QuantSpec
 ) -> None:
+    """Decide everything on the graph as it was traced, then insert."""
     readers: dict[fx.Node, list[fx.Node]] = {}
     for call in calls:
-        source = call.all_input_nodes[0]
-        tensor = graph.stored_tensor(source) if spec.skip == "quantized" else source
-        readers.setdefault(tensor, []).append(call)
+        source = call.args[0]
+        if call.target not in opaque and isinstance(source, fx.Node):
+            tensor = graph.stored_tensor(source) if spec.skip == "quantized" else source
+            readers.setdefault(tensor, []).append(call)
+    inputs = {tensor for tensor in readers if not _depends_on(tensor, set(calls))}
+    unsigned = graph.non_negative(network.graph) - inputs
     for tensor, layers in readers.items():
         at_edge = {str(layer.target) for layer in layers} <= edges
-        bits = spec.edge_bits if at_edge else spec.activation_bits
-        is_input = not _depends_on(tensor, set(calls))
-        quantizer = _activation_quantizer(
-            INPUT_BITS if is_input else bits, is_input or not graph.is_non_negative(tensor), spec
-        )
-        name = f"quantize_{tensor.name}"
-        network.add_submodule(name, quantizer)
+        bits = INPUT_BITS if tensor in inputs else spec.edge_bits if at_edge else spec.activation_bits
+        name = graph.unused(network, f"quantize_{tensor.name}")
+        network.add_submodule(name, _activation_quantizer(bits, tensor not in unsigned, spec))
         with network.graph.inserting_after(tensor):
             quantized = network.graph.call_module(name, (tensor,))
         unaware = set(tensor.users) - set(layers) if spec.skip == "float" else set()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib import clipping
-from dfqlib.quantizer.functions import affine_quantize, fake_quantize, per_channel
+from dfqlib.network.folding import per_channel
+from dfqlib.quantizer.functions import affine_quantize, fake_quantize
 from dfqlib.spec import integer_range
 
 Mode = Literal["float", "calibrate", "quantize"]

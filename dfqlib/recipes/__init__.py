@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfqlib import batchnorm
 from dfqlib.errors import InputError
 from dfqlib.network import convolution
-from dfqlib.recipes import given
+from dfqlib.recipes import base, given
 from dfqlib.recipes.base import Outcome, Report, check_network, override, prepare_teacher
 from dfqlib.spec import QuantSpec
 from dfqlib.training import Session, machine
@@ -33,8 +32,8 @@ __all__ = ["Report", "distill", "find", "names", "quantize", "usable_device"]
 
 
 def names() -> tuple[str, ...]:
-    """The recipes that ``recipe=`` takes: the files of this folder, but for ``base`` and those with an underscore."""
-    return tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base" and not m.name.startswith("_"))
+    """The recipes that ``recipe=`` takes: the files of this folder, but for what they share."""
+    return tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "given"))
 
 
 def quantize(
@@ -141,7 +140,7 @@ class _Run:
         device = usable_device(self.device, self.model)
         teacher, classes = prepare_teacher(self.model, self.image_shape, device)
         if self.method.NEEDS_BATCHNORM:
-            batchnorm.require(teacher, self.recipe)
+            base.require_batchnorm(teacher, self.recipe)
         settings = self._record(device)
         path = None if self.checkpoint is None else Path(self.checkpoint)
         session = Session(self.seed, self.progress, path, identity=_identity(settings))

@@ -1,6 +1,5 @@
 """What every recipe gets and gives: the task, the outcome, and the checks before any work starts."""
 
-import copy
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -9,9 +8,11 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor, nn
 
+from dfqlib import batchnorm
 from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.network import graph
 from dfqlib.network.inference import predict
+from dfqlib.network.plain import plain
 from dfqlib.training import channels_last
 
 ImageShape = tuple[int, int, int]
@@ -60,30 +61,62 @@ class Report:
 
 
 def prepare_teacher(model: nn.Module, image_shape: ImageShape, device: torch.device) -> tuple[nn.Module, int]:
-    """A frozen copy of ``model`` on ``device``, and its number of classes.
+    """A frozen, plain copy of ``model`` on ``device``, and its number of classes (see ``network.plain``).
 
     Raises:
-        InputError: not a classifier of such images, or fx reads it differently than Python runs it.
+        InputError: not a classifier of such images, or something that quantization would lose; says what.
         NonFiniteError: a weight or a logit is NaN or infinite; names it.
     """
     check_image_shape(image_shape)
-    for name, value in model.state_dict().items():
+    for name, module in model.named_modules():
+        if hasattr(module, "weight_quantizer") or type(module).__module__.startswith("torch.ao.nn.quantized"):
+            raise InputError(f'model: its layer "{name}" is quantized already; give the floating-point network')
+    teacher = plain(model)
+    for name, value in teacher.state_dict().items():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise InputError(f'model: "{name}" is {value.dtype}; quantization starts from float32: give model.float()')
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise NonFiniteError(f'model: "{name}" holds NaN or infinite values; load a sound checkpoint')
-    teacher = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+    teacher = teacher.to(device).eval().requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images = torch.randn(2, *image_shape)
     logits = predict(teacher, images)
     if not bool(torch.isfinite(logits).all()):
         raise NonFiniteError("model: its logits on Gaussian images are NaN or infinite; load a sound checkpoint")
+    if logits.shape[1] < 2:
+        raise InputError(
+            "model has one logit, and a classifier needs one per class: give it two, for example "
+            "torch.cat([-z, z], 1) for a logit z"
+        )
+    if not torch.allclose(predict(teacher, images), logits, rtol=1e-3, atol=1e-4 * (1 + float(logits.abs().max()))):
+        raise InputError(
+            "model: its logits differ from call to call in eval mode, so something random is left on; for example "
+            "F.dropout needs training=self.training"
+        )
     traced = predict(graph.trace(teacher)[0], images)
     if not torch.allclose(traced, logits, rtol=1e-3, atol=1e-4 * (1 + float(logits.abs().max()))):
         raise InputError(
             "model: its traced graph computes something else, so it depends on values or changes tensors in place "
-            "(x += ...); write those lines out of place"
+            "(x[:, 0] = ...); write those lines out of place"
         )
     return channels_last(teacher), logits.shape[1]
+
+
+RECIPES_WITHOUT_BATCHNORM = ("dafl", "dfad", "equalize")
+RECIPES_WITH_IMAGES = ("calibrate", "real")
+"""Need no BatchNorm either, given real images."""
+
+
+def require_batchnorm(model: nn.Module, recipe: str) -> None:
+    """Raise InputError unless the model has BatchNorm statistics, which a recipe reads; names those that need none."""
+    if not batchnorm.layers(model):
+        others = ", ".join(map(repr, RECIPES_WITHOUT_BATCHNORM))
+        given = " or ".join(map(repr, RECIPES_WITH_IMAGES))
+        raise InputError(
+            f"recipe={recipe!r} reads BatchNorm statistics and model has none: use one of {others}, or with real "
+            f"images= {given}"
+        )
 
 
 def check_network(network: Any, argument: str) -> None:

@@ -11,8 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from dfqlib import batchnorm
-from dfqlib.recipes import express, given
+from dfqlib.recipes import base, express, given
 from dfqlib.recipes.base import Outcome, check_settings
 from dfqlib.spec import QuantSpec
 from dfqlib.training.task import Task, calibrated_student
@@ -68,7 +67,7 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     if isinstance(settings.images, Tensor):
         images = given.take(task, settings.images)
     else:
-        batchnorm.require(task.teacher, "calibrate")
+        base.require_batchnorm(task.teacher, "calibrate")
         images = express.synthesize(task, settings.synthesis(settings.images))
     calibrated = calibrated_student(task, spec, images, method=settings.clip)
     return Outcome(calibrated, images, calibrated)

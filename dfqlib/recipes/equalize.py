@@ -25,10 +25,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dfqlib import batchnorm
 from dfqlib.network import folding
 from dfqlib.posttraining import correction, equalization, moments, rounding
-from dfqlib.recipes import express
+from dfqlib.recipes import base, express
 from dfqlib.recipes.base import Outcome, check_settings
 from dfqlib.spec import QuantSpec
 from dfqlib.training.task import Task, calibrated_student
@@ -111,7 +110,7 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
 def example_images(task: Task, settings: Settings) -> Tensor:
     """Gaussian noise, or noise made to suit the BatchNorm statistics, (images, C, H, W)."""
     if settings.synthesis_steps:
-        batchnorm.require(task.teacher, 'equalize" with "synthesis_steps')
+        base.require_batchnorm(task.teacher, 'equalize" with "synthesis_steps')
         wanted = express.Settings(images=settings.images, synthesis_steps=settings.synthesis_steps)
         return express.synthesize(task, wanted)
     task.session.reseed("noise")

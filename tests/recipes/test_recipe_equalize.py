@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import dfqlib
-from dfqlib import batchnorm, quantizer, recipes
+from dfqlib import quantizer, recipes
 from dfqlib.deploy.saving import load_quantized, save_quantized
 from dfqlib.errors import InputError
 from dfqlib.evaluation.metrics import Batches
 from dfqlib.models import CifarResNet, ResNet8
 from dfqlib.network.inference import predict
 from dfqlib.quantizer import QuantSpec, StepQuantizer
+from dfqlib.recipes import base
 
 SHAPE = (1, 16, 16)
 
@@ -136,7 +137,7 @@ def test_it_works_without_batchnorm_and_the_message_that_says_so_is_true() -> No
     x = torch.randn(32, *SHAPE)
     expected = model(x).detach()
     assert float((report.model(x) - expected).square().mean() / expected.var()) < 1e-2
-    for name in batchnorm.RECIPES_WITHOUT_BATCHNORM:
+    for name in base.RECIPES_WITHOUT_BATCHNORM:
         verb = "quantize" if name == "equalize" else "distill"
         method, _ = recipes.find(name, verb, "quick", {})
         assert not method.NEEDS_BATCHNORM

@@ -246,7 +246,7 @@ def test_images_are_made_in_even_batches_of_at_most_that_many(
 ) -> None:
     seen: list[int] = []
     monkeypatch.setattr(
-        synthesis,
+        express,
         "shift_and_flip",
         lambda images, shift, flip: seen.append(len(images)) or images,  # type: ignore[func-returns-value]
     )

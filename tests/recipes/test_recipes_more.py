@@ -15,7 +15,7 @@ from dfqlib.errors import InputError
 from dfqlib.evaluation.metrics import Batches
 from dfqlib.generators import AkdGenerator, UnconditionalGenerator
 from dfqlib.losses import SlackMargin
-from dfqlib.recipes import akd, dafl, deepinversion, dfad, dfqf, dsg
+from dfqlib.recipes import akd, base, dafl, deepinversion, dfad, dfqf, dsg
 from dfqlib.training import adversarial
 from dfqlib.training.adversarial import Answers, Player, Rules
 from dfqlib.training.task import Task
@@ -48,7 +48,7 @@ def test_distillation_trains_a_copy_of_the_student(teacher: nn.Module, recipe: s
 def test_recipes_that_need_no_batchnorm_are_those_an_error_names() -> None:
     modules = {name: importlib.import_module(f"dfqlib.recipes.{name}") for name in recipes.names()}
     needless = {name for name, module in modules.items() if not module.NEEDS_BATCHNORM}
-    assert needless == {*batchnorm.RECIPES_WITHOUT_BATCHNORM, *batchnorm.RECIPES_WITH_IMAGES}
+    assert needless == {*base.RECIPES_WITHOUT_BATCHNORM, *base.RECIPES_WITH_IMAGES}
     for recipe in ("dafl", "dfad"):
         assert short(Plain(), recipe).images.shape[1:] == SHAPE
     for recipe in ("dsg", "deepinversion", "akd"):

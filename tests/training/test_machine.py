@@ -48,7 +48,7 @@ def test_a_report_tells_the_dtype_it_was_computed_in_not_the_wish(
 ) -> None:
     seen = []
     monkeypatch.setattr(machine, "has_bfloat16", lambda _: native)
-    monkeypatch.setattr("dfqlib.training.has_bfloat16", lambda _: native)
+    monkeypatch.setattr("dfqlib.training.numerics.has_bfloat16", lambda _: native)
     teacher.conv1.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))  # type: ignore[operator,union-attr]
     settings = dfqlib.quantize(teacher, (1, 16, 16), bf16=wish, **TINY).settings
     assert settings["dtype"] == dtype

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import dfqlib
-from dfqlib import training
 from dfqlib.errors import InputError, NonFiniteError
-from dfqlib.training import Session
+from dfqlib.training import Session, session
 from dfqlib.training.files import check_writable, written_whole
 
 STEPS = 25
@@ -254,7 +253,7 @@ def test_a_run_resumed_after_ctrl_c_equals_an_unbroken_one_bit_for_bit(phase: st
 
 
 def test_a_run_that_was_killed_goes_on_from_its_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(session, "SAVE_EVERY", 0.0)
 
     class Killed(BaseException):
         pass

@@ -15,11 +15,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfqlib.deploy.integer.layer import IntegerLayer
-from dfqlib.deploy.integer.lowering import PREFIX, Lowering, without_quantizers
+from dfqlib.deploy.integer.lowering import PREFIX, Lowering
 from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.quantizer import AffineQuantizer, StepQuantizer, quantizers
 
-__all__ = ["PREFIX", "attach", "narrowed", "prepare", "prepare_from_noise", "settle", "simulate", "without_quantizers"]
+__all__ = ["PREFIX", "attach", "narrowed", "prepare", "prepare_from_noise", "settle", "simulate"]
 
 MARGIN = 1.5
 """How far beyond noise's own range a grid reaches when there are no images: real activations have longer tails."""

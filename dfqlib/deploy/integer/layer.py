@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfqlib.deploy.integer.codes import Grid, RoundClamp, to_codes, zero_point
 from dfqlib.network.convolution import convolve
+from dfqlib.network.folding import per_channel
 from dfqlib.quantizer import QuantConv2d, QuantLinear, StepQuantizer
 
 EXACT = 2.0**24
@@ -62,14 +63,14 @@ class IntegerLayer(nn.Module):
         if self.norm is not None:
             gain, shift = _affine(self.norm)
             bias = bias * gain + shift
-            codes = codes * _rows(torch.where(gain < 0, -1.0, 1.0), codes)
+            codes = codes * per_channel(torch.where(gain < 0, -1.0, 1.0), codes)
             codes = codes.clamp(max=self.largest_code)
             scale = step * gain.abs()
         else:
             scale = step.expand(len(codes))
         floor = torch.maximum(bias.abs() / (self.source.step * LARGEST_BIAS), step * SMALLEST_GAIN).detach()
-        shrunk = RoundClamp.apply(codes * _rows(scale / floor, codes), -self.largest_code, self.largest_code)
-        codes = torch.where(_rows(scale < floor, codes), shrunk, codes)
+        shrunk = RoundClamp.apply(codes * per_channel(scale / floor, codes), -self.largest_code, self.largest_code)
+        codes = torch.where(per_channel(scale < floor, codes), shrunk, codes)
         scale = torch.maximum(scale, floor)
         return codes, RoundClamp.apply(bias / (self.source.step * scale), -LARGEST_BIAS, LARGEST_BIAS), scale
 
@@ -92,8 +93,12 @@ class IntegerLayer(nn.Module):
             self.layer.bias.add_(missing)
         if self.layer is not None:
             weight = self.layer.weight
-            lowest = _rows(torch.where(gain < 0, -self.largest_code * step, -torch.inf), weight)
-            weight.copy_(torch.where(_rows(self.narrowed, weight), codes * _rows(step, weight), weight.maximum(lowest)))
+            lowest = per_channel(torch.where(gain < 0, -self.largest_code * step, -torch.inf), weight)
+            weight.copy_(
+                torch.where(
+                    per_channel(self.narrowed, weight), codes * per_channel(step, weight), weight.maximum(lowest)
+                )
+            )
 
     @property
     def bits(self) -> int:
@@ -133,7 +138,7 @@ class IntegerLayer(nn.Module):
         scaled, codes, step = self._in_steps()
         if self._can_saturate:
             narrowed = self._saturates(codes)
-            codes = torch.where(_rows(narrowed, codes), _halved(codes, scaled), codes)
+            codes = torch.where(per_channel(narrowed, codes), _halved(codes, scaled), codes)
             step = torch.where(narrowed, 2 * step, step)
         return codes, step, none if self.layer.bias is None else self.layer.bias
 
@@ -143,7 +148,7 @@ class IntegerLayer(nn.Module):
         weight, grid = self.layer.weight, self.layer.weight_quantizer
         assert isinstance(grid, StepQuantizer)
         step = grid.step
-        scaled = weight / (step if step.numel() == 1 else _rows(step, weight))
+        scaled = weight / (step if step.numel() == 1 else per_channel(step, weight))
         return scaled, to_codes(scaled, grid), step
 
     @property
@@ -202,11 +207,6 @@ def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     if norm.affine:
         gain = gain * norm.weight
     return gain, norm.bias - mean * gain if norm.affine else -mean * gain
-
-
-def _rows(values: Tensor, like: Tensor) -> Tensor:
-    """View (channels,) against a weight of shape (channels, ...)."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _columns(values: Tensor, like: Tensor) -> Tensor:

@@ -3,14 +3,12 @@
 Taught in notebook 10.
 """
 
-import copy
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfqlib.deploy.integer import kinds
 from dfqlib.deploy.integer.layer import IntegerLayer
 from dfqlib.deploy.integer.operations import (
     Clamp,
@@ -23,25 +21,16 @@ from dfqlib.deploy.integer.operations import (
     Table,
 )
 from dfqlib.errors import InputError
-from dfqlib.network import graph
-from dfqlib.quantizer import StepQuantizer, quantizers
+from dfqlib.network import graph, kinds
+from dfqlib.quantizer import QuantConv2d, QuantLinear, StepQuantizer, quantizers
+from dfqlib.quantizer.plain import without_quantizers
 
 STORED_BITS = 8
 """Width of tensors that only an integer file has to store, such as what enters a sum."""
 PREFIX = "store_"
+_LAYERS = {QuantConv2d, QuantLinear}
 LOGITS = ""
 """Stands for floating point among the names of grids."""
-
-
-def without_quantizers(network: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with every activation quantizer bypassed; modules are shared, node names stay."""
-    plain = fx.GraphModule(network, copy.deepcopy(network.graph))
-    for node in list(plain.graph.nodes):
-        if graph.operation(node) is StepQuantizer:
-            node.replace_all_uses_with(node.args[0])
-            plain.graph.erase_node(node)
-    plain.recompile()
-    return plain
 
 
 class Lowering:
@@ -60,7 +49,8 @@ class Lowering:
         self.sizes: dict[fx.Node, fx.Node] = {}
         self.stores: dict[str, StepQuantizer] = {}
         self.asked: dict[fx.Node, str] = {}
-        self.plain = {node.name: node for node in without_quantizers(network).graph.nodes}
+        unsigned = graph.non_negative(without_quantizers(network).graph)
+        self.unsigned = {node.name for node in unsigned}
 
     def lower(self) -> fx.GraphModule:
         for node in self.network.graph.nodes:
@@ -79,7 +69,7 @@ class Lowering:
             self.sizes[node] = self.graph.node_copy(node, self._new)
         elif kind is StepQuantizer:
             self.values[node] = self._codes(node.args[0], str(node.target))
-        elif kind in kinds.LAYERS:
+        elif kind in _LAYERS:
             self._layer(node)
         elif _is_batch_norm(node):
             self._write_layer(node, None, node)
@@ -96,8 +86,8 @@ class Lowering:
             self._average(node, kind)
         elif kind in kinds.NOTHING or getattr(kind, "__name__", "") in kinds.NOTHING_BY_NAME:
             self.values[node] = self.values[node.args[0]]  # type: ignore[index]
-        elif kind in graph.RELU:
-            self._relu(node, 6.0 if kind in kinds.SIXES else None)
+        elif kind in kinds.RELUS:
+            self._relu(node, 6.0 if kind in kinds.RELU6 else None)
         elif kind is torch.cat:
             self._cat(node)
         elif kind in kinds.MOVES:
@@ -229,7 +219,7 @@ class Lowering:
                 asked.add(str(user.target))
             elif kind in kinds.KEEPS and not self._is_size(user):
                 keeps = self._asked(user)
-                asked.add(keeps if keeps != LOGITS or kind in graph.VIEWS else PREFIX + user.name)
+                asked.add(keeps if keeps != LOGITS or kind in kinds.VIEWS else PREFIX + user.name)
             elif not self._is_size(user):
                 asked.add(PREFIX + node.name)
         return asked.pop() if len(asked) == 1 else PREFIX + node.name
@@ -245,8 +235,7 @@ class Lowering:
     def _new_grid(self, node: str) -> StepQuantizer:
         steps = [parameter for _, quantizer in quantizers(self.network) for parameter in quantizer.parameters()]
         learned = any(step.requires_grad for step in steps)
-        signed = not graph.is_non_negative(self.plain[node])
-        return StepQuantizer(STORED_BITS, signed=signed, learned=learned).to(steps[0].device)
+        return StepQuantizer(STORED_BITS, signed=node not in self.unsigned, learned=learned).to(steps[0].device)
 
     def _is_size(self, node: fx.Node) -> bool:
         """Whether ``node`` is a number made of shapes rather than a tensor."""

@@ -26,7 +26,7 @@ from dfqlib.deploy.integer.operations import (
 from dfqlib.deploy.onnx.shortcut import sampled_and_padded, write_shortcut
 from dfqlib.deploy.onnx.writer import INPUT, OPSETS, OUTPUT, FloatWriter, Shapes, Writer
 from dfqlib.errors import InputError
-from dfqlib.network import graph
+from dfqlib.network import graph, kinds
 
 
 def integer_model(simulation: fx.GraphModule, shapes: Shapes, container: str) -> Any:
@@ -74,7 +74,7 @@ def _visit(writer: Writer, node: fx.Node) -> None:
     elif node.op != "output" and node.name in writer.shapes:  # the rest are sizes, which are known by now
         module = graph.module_of(node) if node.op == "call_module" else None
         write = _WRITERS.get(type(module) if module is not None else node.target)
-        if write is None and graph.operation(node) in graph.VIEWS:
+        if write is None and graph.operation(node) in kinds.VIEWS:
             write = _reshape
         if write is None:
             raise InputError(f"{node.name} ({graph.operation(node)}) has no ONNX form here; use a plain layer")

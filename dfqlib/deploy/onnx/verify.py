@@ -3,7 +3,6 @@
 Taught in notebook 10.
 """
 
-import copy
 import os
 import tempfile
 import time
@@ -17,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from dfqlib.deploy import integer
 from dfqlib.deploy.onnx import Quantized, import_extra, integer_network, network_of, shapes_of
 from dfqlib.deploy.onnx.operators import float_model
 from dfqlib.deploy.onnx.writer import INPUT
 from dfqlib.errors import InputError
 from dfqlib.network.inference import predict
-from dfqlib.quantizer import set_mode
+from dfqlib.quantizer.plain import float_network
 from dfqlib.training.machine import processor
 
 BATCHES = (1, 64)
@@ -249,18 +247,6 @@ def _add_float_engines(
         size = len(content)
     engines[FLOAT_TORCH] = float_network(network)
     return size
-
-
-def float_network(network: nn.Module) -> nn.Module:
-    """A copy of a fake-quantized network without its quantizers: plain layers, as they were before quantization."""
-    plain = copy.deepcopy(network).cpu()
-    assert isinstance(plain, fx.GraphModule)
-    set_mode(plain, "float")  # of layers inside what cannot be traced
-    plain = integer.without_quantizers(plain)
-    for module in plain.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.__class__ = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
-    return plain.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
 
 @torch.inference_mode()
