@@ -6,6 +6,8 @@
 >>> dfqlib.evaluate(report.model, dfqlib.load_data("digits"))
 """
 
+import sys
+
 import torch
 
 from dfqlib.errors import InputError, NonFiniteError
@@ -20,7 +22,8 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < _TORCH_FLOOR:
 from dfqlib import batchnorm, clipping, data, generators, losses, models, quantizer, synthesis, training
 from dfqlib.data import image_folder, load_data
 from dfqlib.deploy import integer
-from dfqlib.deploy.onnx import export_onnx
+from dfqlib.deploy import onnx as export
+from dfqlib.deploy.onnx import export_onnx, verify
 from dfqlib.deploy.onnx.verify import verify_export
 from dfqlib.deploy.saving import load_quantized, save_quantized
 from dfqlib.evaluation.diagnosis import diagnose
@@ -30,6 +33,9 @@ from dfqlib.models import load_model
 from dfqlib.models.checkpoints import load_checkpoint
 from dfqlib.recipes import Report, distill, quantize
 from dfqlib.spec import QuantSpec
+
+for _alias, _module in {"integer": integer, "export": export, "export.verify": verify}.items():
+    sys.modules[f"dfqlib.{_alias}"] = _module  # where they were in the first edition
 
 __version__ = "0.1.0"
 

@@ -149,10 +149,12 @@ def image_folder(
     if not Path(path).is_dir():
         raise InputError(f"{what} does not exist; give a folder that holds <class>/<image>")
     try:
-        found = import_torchvision().datasets.ImageFolder(str(path))
+        found = _folder(str(path))
     except OSError as error:
         raise InputError(f"{what} must hold <class>/<image>: {str(error).splitlines()[0]}") from None
     names = tuple(found.classes if classes is None else classes)
+    if len(set(names)) < len(names):
+        raise InputError(f"classes: {max(names, key=names.count)!r} is named twice; give each class once")
     unknown = [c for c in found.classes if c not in names]
     if unknown:
         raise InputError(f"{what} holds {', '.join(unknown[:5])}, not among classes= ({', '.join(names[:10])}, …)")
@@ -209,10 +211,17 @@ def toy_boundary(n: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def _require_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
+    for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, Sequence | np.ndarray | Tensor) or isinstance(values, str):
+            raise InputError(f"{name}={values!r} must be one value per channel, for example (0.5,) or (0.5, 0.5, 0.5)")
     if len(mean) != len(std) or len(mean) not in (1, 3):
         raise InputError(f"mean={tuple(mean)}, std={tuple(std)}: give one value each for grey images, three for RGB")
     if not np.isfinite([*mean, *std]).all() or min(std) <= 0:
         raise InputError(f"mean={tuple(mean)}, std={tuple(std)}: values must be finite and std above 0")
+    if max(*mean, *std) > 1:
+        raise InputError(
+            f"mean={tuple(mean)}, std={tuple(std)} are of images in 0 to 255, not in [0, 1]; divide them by 255"
+        )
 
 
 def _digits(split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -254,6 +263,24 @@ def _from_torchvision(
     return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), labels, tuple(found.classes)
 
 
+def _folder(path: str) -> Any:
+    """torchvision's ImageFolder without hidden folders and files, which programs and systems leave behind."""
+    datasets = import_torchvision().datasets
+
+    class Visible(datasets.ImageFolder):  # type: ignore[name-defined]
+        def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
+            names, _ = super().find_classes(directory)
+            names = [name for name in names if not name.startswith(".")]
+            if not names:
+                raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+            return names, {name: index for index, name in enumerate(names)}
+
+    def is_image(file: str) -> bool:
+        return not Path(file).name.startswith(".") and datasets.folder.is_image_file(file)
+
+    return Visible(path, is_valid_file=is_image)
+
+
 def _decode(files: Sequence[Path], mode: str) -> Tensor:
     """Files to one uint8 tensor (N, C, H, W); ``mode`` is Pillow's, "L" or "RGB"."""
     from PIL import Image
@@ -262,7 +289,9 @@ def _decode(files: Sequence[Path], mode: str) -> Tensor:
     for file in files:
         try:
             with Image.open(file) as image:
-                arrays.append(np.asarray(image.convert(mode)))
+                arrays.append(_pixels(image, mode))
+        except InputError as error:
+            raise InputError(f'"{file}" {error}') from None
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             raise InputError(f'"{file}" is no image that can be read; remove it or save it again') from None
         if arrays[-1].shape != arrays[0].shape:
@@ -270,3 +299,15 @@ def _decode(files: Sequence[Path], mode: str) -> Tensor:
             raise InputError(f'"{file}" is {sizes[0]}, the images before it {sizes[1]}; make all of one size')
     stacked = torch.from_numpy(np.stack(arrays))
     return stacked[:, None] if mode == "L" else stacked.permute(0, 3, 1, 2).contiguous()
+
+
+def _pixels(image: Any, mode: str) -> np.ndarray:
+    """Bytes of shape (H, W) or (H, W, 3), upright; 16 bits are rounded to 8."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise InputError(f"has 32-bit numbers (mode {image.mode}) of no known range; save it with 8 or 16 bits")
+    return np.asarray(image.convert(mode))

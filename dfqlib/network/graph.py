@@ -14,13 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
+from dfqlib.errors import InputError
 from dfqlib.network import kinds
 from dfqlib.network.convolution import Unstrided, kind_of
 from dfqlib.network.plain import plain
 from dfqlib.network.rewriting import make_layers, unused, use_positions, write_out_of_place
 
-__all__ = ["is_non_negative", "module_of", "non_negative", "operation", "stored_tensor", "trace", "unused"]
+__all__ = [
+    "Interpreter",
+    "is_non_negative",
+    "module_of",
+    "non_negative",
+    "operation",
+    "stored_tensor",
+    "trace",
+    "unused",
+    "with_fixed_sizes",
+]
 
 _NEVER_BELOW_ZERO = ("nearest", "nearest-exact", "linear", "bilinear", "area")
 """Ways of resizing that average; bicubic ones overshoot."""
@@ -97,6 +109,66 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, list[str]]:
     return traced.eval(), tracer.opaque
 
 
+class Interpreter(fx.Interpreter):
+    """Runs a graph node by node; an error names the node and the shape of the images."""
+
+    def run_on(self, images: Tensor) -> None:
+        """Run it on images (N, C, H, W) without gradients."""
+        self.extra_traceback = False  # it would add lines to the message of an error
+        self.image_shape = tuple(images.shape[1:])
+        with torch.no_grad():
+            self.run(images)
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{n.name} cannot take images of image_shape={self.image_shape} ({str(error).splitlines()[0]}); "
+                "give the shape the network was made for"
+            ) from error
+
+
+class _Values(Interpreter):
+    """What each node is that is no tensor."""
+
+    def of(self, images: Tensor) -> dict[str, Any]:
+        self.found: dict[str, Any] = {}
+        self.run_on(images)
+        return self.found
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op not in ("placeholder", "output") and all(isinstance(each, int) for each in pytree.tree_leaves(value)):
+            self.found[n.name] = tuple(value) if isinstance(value, torch.Size) else value
+        return value
+
+
+def with_fixed_sizes(network: fx.GraphModule, image_shape: tuple[int, int, int]) -> fx.GraphModule:
+    """The same graph with numbers for sizes, where they do not depend on the batch; modules are shared, names stay."""
+    place = next(network.parameters(), torch.empty(0)).device
+    two, three = (_Values(network).of(torch.zeros(batch, *image_shape, device=place)) for batch in (2, 3))
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(network.graph, {}))
+    result = fx.GraphModule(network, copied, type(network).__name__)
+    for node in reversed(list(result.graph.nodes)):
+        if node.name in two and two[node.name] == three[node.name]:
+            value = two[node.name]
+            for user in list(node.users):
+                user.args = _replaced(user.args, node, value)
+                user.kwargs = _replaced(user.kwargs, node, value)
+            result.graph.erase_node(node)
+    result.meta.update(network.meta)
+    result.recompile()
+    return result.train(network.training)
+
+
+def _replaced(arguments: Any, node: fx.Node, value: Any) -> Any:
+    return fx.node.map_arg(arguments, lambda each: value if each is node else each)
+
+
 def operation(node: fx.Node) -> Any:
     """What a node does: the module's class, the function, or the method's name; None for inputs and constants."""
     if node.op == "call_module":
@@ -137,7 +209,7 @@ def non_negative(nodes: fx.Graph) -> set[fx.Node]:
 
 def _is_non_negative(node: fx.Node, known: set[fx.Node]) -> bool:
     kind = operation(node)
-    values = [value for value in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if value is not None]
+    values = [value for value in pytree.tree_leaves((node.args, node.kwargs)) if value is not None]
     tensors = [value for value in values if isinstance(value, fx.Node)]
     sound = [value in known if isinstance(value, fx.Node) else _at_least_zero(value) for value in values]
     if kind in kinds.RELUS | kinds.POSITIVE:

@@ -24,11 +24,12 @@ _REMOVERS = {"WeightNorm": remove_weight_norm, "SpectralNorm": remove_spectral_n
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside DataParallel, AveragedModel and what ``torch.compile`` returned."""
-    while True:
+    while not isinstance(model, torch.jit.ScriptModule):
         inner = model._modules.get("_orig_mod") or (model.module if isinstance(model, _WRAPPERS) else None)
         if not isinstance(inner, nn.Module):
-            return model
+            break
         model = inner
+    return model
 
 
 def plain(model: nn.Module) -> nn.Module:

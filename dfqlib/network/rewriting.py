@@ -34,7 +34,7 @@ _NAMES |= dict.fromkeys(kinds.CATS, ("tensors", "dim"))
 def use_positions(root: nn.Module, nodes: fx.Graph) -> None:
     """Tensors given by keyword become positional arguments, so that whoever reads the graph finds them in one place."""
     for node in nodes.nodes:
-        if not any(isinstance(value, fx.Node) for value in node.kwargs.values()):
+        if not any(isinstance(value, fx.Node) or name == "other" for name, value in node.kwargs.items()):
             continue
         given = dict(node.kwargs)
         try:

@@ -133,8 +133,9 @@ def _propagate(node: fx.Node, known: Mapping[fx.Node, ClippedNormal], statistics
         return dataclasses.replace(first, mean=first.expectation(), std=first.variance().sqrt())
     if kind in kinds.ADDS and len(node.args) == 2 and len(tensors) == 2 and all(term in known for term in tensors):
         return _sum(*(known[term] for term in tensors))
-    if kind is torch.cat and len(sources) == len(node.all_input_nodes):
-        parts = [known[part] for part in node.all_input_nodes]
+    if kind in kinds.CATS and len(sources) == len(node.all_input_nodes):
+        joined: Any = node.args[0]  # the same tensor may come twice
+        parts = [known[part] for part in joined]
         return _by_field(lambda *fields: torch.cat(fields), *parts)
     if kind in (operator.getitem, F.pad):
         return _by_field(lambda field: node.target(field, *node.args[1:], **node.kwargs), first)  # type: ignore[operator]

@@ -39,7 +39,9 @@ class Task:
 
 def quantized_student(task: Task, spec: QuantSpec) -> nn.Module:
     """The quantized network, trainable, in eval mode, its ranges still to be set; they are trained if learned."""
-    student = channels_last(quantizer.quantize_layers(task.teacher, spec)).requires_grad_(True)
+    student = quantizer.quantize_layers(task.teacher, spec)
+    channels_last(student).requires_grad_(True)
+    student.meta["image_shape"] = task.image_shape
     for _, ranges in quantizer.quantizers(student):
         ranges.requires_grad_(spec.step == "learned")
     return student

@@ -88,8 +88,8 @@ def test_each_layer_may_have_its_width(tmp_path: Path) -> None:
     calibrate(network, images, "max")
     path = export_onnx(network, tmp_path / "net.onnx", (3, 8, 8), "int4")
     assert torch.equal(logits_of_file(path, images)[0], predict(integer_network(network, (3, 8, 8)), images))
-    kinds = {each.name: each.data_type for each in onnx.load(path).graph.initializer if each.name.endswith("_weight")}
-    packed = {name.removesuffix("_weight") for name, kind in kinds.items() if kind == onnx.TensorProto.INT4}
+    kinds = {each.name: each.data_type for each in onnx.load(path).graph.initializer if each.name.endswith("/weight")}
+    packed = {name.removesuffix("/weight") for name, kind in kinds.items() if kind == onnx.TensorProto.INT4}
     assert packed == {"other", "head"}  # the first layer has the 8 bits of the edges
 
 
@@ -217,9 +217,9 @@ def test_packed_codes_are_the_codes(tmp_path: Path) -> None:
     layers = [m for m in integer_network(network, (3, 8, 8)).modules() if isinstance(m, IntegerLayer)]
     assert len(layers) == 4
     for layer in layers:
-        found = onnx.numpy_helper.to_array(stored[f"{layer.name}_weight"]).astype(np.int8)
+        found = onnx.numpy_helper.to_array(stored[f"{layer.name}/weight"]).astype(np.int8)
         codes = layer.integers()[0].numpy()
-        assert stored[f"{layer.name}_weight"].data_type == onnx.TensorProto.INT4
+        assert stored[f"{layer.name}/weight"].data_type == onnx.TensorProto.INT4
         assert np.array_equal(found, codes)
 
 

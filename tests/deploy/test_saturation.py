@@ -106,7 +106,7 @@ def digits_with_8_bits_everywhere(monkeypatch: pytest.MonkeyPatch, path: Path) -
 
 def test_codes_of_8_bits_did_saturate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     network, images = digits_with_8_bits_everywhere(monkeypatch, tmp_path / "net.onnx")
-    assert saturating.saturable(tmp_path / "net.onnx") == {"conv1_sum": 12, "logits": 10}
+    assert saturating.saturable(tmp_path / "net.onnx") == {"conv1/sum": 12, "logits": 10}
     exact = predict(integer.simulate(network), images).numpy()
     found = saturating.run(tmp_path / "net.onnx", images)
     assert np.abs(found - exact).max() > 1

@@ -110,7 +110,7 @@ def test_a_grid_goes_on_after_a_failure_and_ends_in_one_table(rerun: Callable[..
 
 
 def test_input_that_a_lesson_refuses_is_one_line_in_it(rerun: Callable[..., Any], tmp_path: Path) -> None:
-    check = "from dfqlib import widgets\nwidgets.check_parameters({'seed': seed}, {'seed': (int, 0, 5)})"
+    check = "from dfqlib.lessons import widgets\nwidgets.check_parameters({'seed': seed}, {'seed': (int, 0, 5)})"
     code, out, _ = rerun(
         write_notebook(tmp_path / "lesson.ipynb", check), "-p", "seed", 9, "--output", tmp_path / "out"
     )

@@ -263,8 +263,11 @@ def test_a_value_that_is_not_finite_is_named(name: str, teacher: nn.Module) -> N
 
 
 def test_logits_that_are_not_finite_are_refused(teacher: nn.Module) -> None:
-    broken = nn.Sequential(copy.deepcopy(teacher), nn.Flatten())
-    broken[1].register_forward_hook(lambda _m, _i, out: out / 0)
+    class Endless(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 0
+
+    broken = nn.Sequential(copy.deepcopy(teacher), Endless())
     with pytest.raises(NonFiniteError, match="its logits on Gaussian images are NaN or infinite"):
         dfqlib.quantize(broken, SHAPE, **TINY)
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfqlib.deploy.integer.codes import Grid, RoundClamp, to_codes, zero_point
+from dfqlib.errors import InputError
 from dfqlib.network.convolution import convolve
 from dfqlib.network.folding import per_channel
 from dfqlib.quantizer import QuantConv2d, QuantLinear, StepQuantizer
@@ -118,8 +119,10 @@ class IntegerLayer(nn.Module):
 
     @property
     def is_convolution(self) -> bool:
-        """Whether the runtime sees a Conv (a lone BatchNorm is a depthwise one)."""
-        return not isinstance(self.layer, nn.Linear)
+        """Whether the runtime sees a Conv: a lone BatchNorm is a depthwise one, of features a diagonal matrix."""
+        return not isinstance(self.layer, nn.Linear) and not (
+            self.layer is None and isinstance(self.norm, nn.BatchNorm1d)
+        )
 
     @property
     def channels(self) -> int:
@@ -134,7 +137,8 @@ class IntegerLayer(nn.Module):
         like = self.source.step
         none = like.new_zeros(self.channels)
         if self.layer is None:
-            return like.new_ones(self.channels, 1, 1, 1), like.new_ones(()), none
+            ones = like.new_ones(self.channels, 1, 1, 1) if self.is_convolution else torch.eye(self.channels).to(like)
+            return ones, like.new_ones(()), none
         scaled, codes, step = self._in_steps()
         if self._can_saturate:
             narrowed = self._saturates(codes)
@@ -185,10 +189,15 @@ class IntegerLayer(nn.Module):
         return self._product(x, weight, bias)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if not self.is_convolution:
+            if x.ndim != 2:
+                raise InputError(
+                    f"{self.name} multiplies more than two dimensions, which has no integer form; flatten first"
+                )
+            return F.linear(x, weight, bias)
         if self.layer is None:
             return F.conv2d(x, weight, bias, groups=self.channels)
-        if isinstance(self.layer, nn.Linear):
-            return F.linear(x, weight, bias)
+        assert isinstance(self.layer, nn.Conv2d)
         return convolve(self.layer, x, weight, bias)
 
 

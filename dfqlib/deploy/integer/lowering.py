@@ -42,7 +42,8 @@ class Lowering:
     """
 
     def __init__(self, network: fx.GraphModule) -> None:
-        self.network = network
+        shape = network.meta.get("image_shape")
+        self.network = network = network if shape is None else graph.with_fixed_sizes(network, shape)
         self.root = nn.Module()
         self.graph = fx.Graph()
         self.values: dict[fx.Node, tuple[fx.Node, str]] = {}
@@ -74,8 +75,7 @@ class Lowering:
         elif _is_batch_norm(node):
             self._write_layer(node, None, node)
         elif kind in kinds.ELEMENTWISE or (kind in kinds.ARITHMETIC and _has_number(node)):
-            (tensor,) = node.all_input_nodes
-            source, grid = self._codes(tensor)
+            source, grid = self._codes(node.all_input_nodes[0])
             function = graph.module_of(node) if node.op == "call_module" else Function(node)
             self._write(node, Table(function, self.grid(grid), self._target(node)), source)
         elif kind in kinds.ADDS:
@@ -88,7 +88,7 @@ class Lowering:
             self.values[node] = self.values[node.args[0]]  # type: ignore[index]
         elif kind in kinds.RELUS:
             self._relu(node, 6.0 if kind in kinds.RELU6 else None)
-        elif kind is torch.cat:
+        elif kind in kinds.CATS:
             self._cat(node)
         elif kind in kinds.MOVES:
             self._move(node)
@@ -135,7 +135,7 @@ class Lowering:
             pool, keepdim = nn.AdaptiveAvgPool2d(1), bool(given.get("keepdim", False))
         else:
             build: Any = nn.AdaptiveAvgPool2d if kind in kinds.ADAPTIVE else nn.AvgPool2d
-            pool = build(*node.args[1:], **node.kwargs)
+            pool = build(*self._numbers(node), **node.kwargs)
         padded = getattr(pool, "padding", 0) not in (0, (0, 0)) and not pool.count_include_pad
         if padded or getattr(pool, "ceil_mode", False) or getattr(pool, "divisor_override", None):
             raise InputError(
@@ -145,6 +145,14 @@ class Lowering:
         source, grid = self._codes(node.args[0])
         average = IntegerAverage(_name(node), pool, self.grid(grid), self._target(node), keepdim)
         self._write(node, average, source)
+
+    def _numbers(self, node: fx.Node) -> tuple[Any, ...]:
+        """The arguments after the tensor, which must be known by now."""
+        if len(node.all_input_nodes) > 1:
+            raise InputError(
+                f"{_name(node)} takes sizes that depend on the batch, which has no integer form; use numbers"
+            )
+        return node.args[1:]
 
     def _relu(self, node: fx.Node, ceiling: float | None) -> None:
         source, grid = self._codes(node.args[0])
@@ -165,6 +173,8 @@ class Lowering:
             given = dict(zip(("pad", "mode", "value"), node.args[1:], strict=False)) | node.kwargs
             if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0, 0.0):
                 raise InputError(f"{_name(node)}: padding with anything but zeros has no integer form; pad with zeros")
+        if kind in kinds.MAX_POOLS:
+            self._numbers(node)
         if kind in kinds.MAX_POOLS and self.values[source][1] == LOGITS:
             self.values[source] = self._codes(source)
         new = self.graph.node_copy(node, self._new)
@@ -179,7 +189,7 @@ class Lowering:
             raise InputError("model returns more than one tensor; wrap it so that it returns its logits alone")
         new, grid = self.values[result]
         if grid != LOGITS:
-            new = self._call("logits", Dequantize(self.grid(grid)), new)
+            new = self._call("dequantized", Dequantize(self.grid(grid)), new)
         self.graph.output(new)
 
     def _codes(self, node: Any, wanted: str | None = None) -> tuple[fx.Node, str]:

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from dfqlib.deploy import integer
 from dfqlib.deploy.onnx.operators import integer_model
 from dfqlib.errors import InputError
+from dfqlib.network import graph
 from dfqlib.quantizer import QuantSpec, quantize_layers, set_mode
 from dfqlib.training.files import check_writable, written_whole
 
@@ -94,10 +95,11 @@ def integer_network(model: Quantized | nn.Module, image_shape: ImageShape) -> fx
 
     Taught in notebook 10.
     """
-    network = copy.deepcopy(network_of(model)).cpu().eval().requires_grad_(False)
+    _zeros(image_shape, 1)
+    network: Any = copy.deepcopy(network_of(model)).cpu().eval().requires_grad_(False)
+    network.meta = {**getattr(network, "meta", {}), "image_shape": tuple(image_shape)}
     if not isinstance(model, nn.Module):
         integer.prepare(network, model.images.cpu())
-    _zeros(image_shape, 1)
     integer.prepare_from_noise(network, image_shape)
     return integer.simulate(network)
 
@@ -136,25 +138,14 @@ def _zeros(image_shape: Any, batch: int) -> Tensor:
         ) from None
 
 
-class _Shapes(fx.Interpreter):
-    @torch.no_grad()
+class _Shapes(graph.Interpreter):
     def of(self, images: Tensor) -> dict[str, tuple[int, ...]]:
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.extra_traceback = False  # it would add lines to the message of an error
-        self.image_shape = tuple(images.shape[1:])
-        self.run(images)
+        self.run_on(images)
         return self.shapes
 
     def run_node(self, n: fx.Node) -> Any:
-        try:
-            value = super().run_node(n)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{n.name} cannot take images of image_shape={self.image_shape} ({str(error).splitlines()[0]}); "
-                "give the shape the network was made for"
-            ) from error
+        value = super().run_node(n)
         if isinstance(value, Tensor) and n.op != "output":
             self.shapes[n.name] = tuple(value.shape)
         return value
@@ -166,7 +157,10 @@ def write_onnx(proto: Any, path: Path) -> None:
     try:
         onnx.checker.check_model(proto, full_check=True)
     except onnx.checker.ValidationError as error:
-        raise InputError(f"the installed onnx {onnx.__version__} refuses the graph ({error}); update onnx") from error
+        raise InputError(
+            f"onnx {onnx.__version__} refuses the graph ({str(error).splitlines()[0]}); update onnx, and if it still "
+            "does, report it with the network"
+        ) from error
     try:
         with written_whole(path) as temporary:
             temporary.write_bytes(proto.SerializeToString())

@@ -102,11 +102,16 @@ def _layer(writer: Writer, node: fx.Node, layer: IntegerLayer) -> None:
         return
     kind, attributes = ("Conv", _convolution(layer)) if layer.is_convolution else ("Gemm", {"transB": 1})
     inputs = [writer.real(source), *writer.layer_constants(node, layer)]
-    values = writer.add(kind, inputs, OUTPUT if layer.target is None else f"{node.name}_sum", **attributes)
+    values = writer.add(kind, inputs, _result_name(node) if layer.target is None else f"{node.name}/sum", **attributes)
     if layer.target is None:
         writer.keep(node, values, None)
     else:
         writer.store(node, values, layer.target)
+
+
+def _result_name(node: fx.Node) -> str:
+    """What logits are called where they are made: as the file's output if nothing is done to them any more."""
+    return OUTPUT if all(user.op == "output" for user in node.users) else f"{node.name}/logits"
 
 
 def _last_convolution(writer: Writer, node: fx.Node, layer: IntegerLayer) -> None:
@@ -114,12 +119,14 @@ def _last_convolution(writer: Writer, node: fx.Node, layer: IntegerLayer) -> Non
     source, name = _source(node), node.name
     grid = writer.grids[source]
     codes, bias, steps = layer.integers()
-    inputs = [writer.names[source], writer.weight(f"{name}_weight", codes, layer.bits), writer.bound(0, grid)]
-    product = writer.add("ConvInteger", inputs, f"{name}_product", **_convolution(layer))
+    inputs = [writer.names[source], writer.weight(f"{name}/weight", codes, layer.bits), writer.bound(0, grid)]
+    product = writer.add("ConvInteger", inputs, f"{name}/product", **_convolution(layer))
     whole, scale = (values.view(-1, 1, 1) for values in (bias, grid.step * steps))
-    total = writer.add("Add", [product, writer.constant(f"{name}_bias", whole, "int32")], f"{name}_sum")
-    floats = writer.add("Cast", [total], f"{name}_float", to=writer.onnx.TensorProto.FLOAT)
-    writer.keep(node, writer.add("Mul", [floats, writer.constant(f"{name}_step", scale, "float32")], OUTPUT), None)
+    total = writer.add("Add", [product, writer.constant(f"{name}/bias", whole, "int32")], f"{name}/sum")
+    floats = writer.add("Cast", [total], f"{name}/float", to=writer.onnx.TensorProto.FLOAT)
+    writer.keep(
+        node, writer.add("Mul", [floats, writer.constant(f"{name}/step", scale, "float32")], _result_name(node)), None
+    )
 
 
 def _convolution(layer: IntegerLayer) -> dict[str, Any]:
@@ -140,13 +147,13 @@ def _convolution(layer: IntegerLayer) -> dict[str, Any]:
 def _combine(writer: Writer, node: fx.Node, module: IntegerAdd | IntegerProduct) -> None:
     terms = [writer.real(term) for term in node.args if isinstance(term, fx.Node)]
     kind = "Add" if isinstance(module, IntegerAdd) else "Mul"
-    writer.store(node, writer.add(kind, terms, f"{node.name}_result"), module.target)
+    writer.store(node, writer.add(kind, terms, f"{node.name}/result"), module.target)
 
 
 def _average(writer: Writer, node: fx.Node, module: IntegerAverage) -> None:
     values, (channels, height, width) = writer.real(_source(node)), writer.shapes[_source(node).name]
     pool = module.window(height, width)
-    name = f"{node.name}_mean"
+    name = f"{node.name}/mean"
     if pool is None:
         writer.add("GlobalAveragePool", [values], name)
     else:
@@ -156,7 +163,8 @@ def _average(writer: Writer, node: fx.Node, module: IntegerAverage) -> None:
         writer.add("Conv", [values, weight], name, group=channels, strides=list(pair(pool.stride)), pads=pads)
     writer.store(node, name, module.target)
     if not module.keepdim:
-        writer.keep(node, writer.add("Flatten", [node.name], f"{node.name}_flat"), module.target)
+        flat = writer.add("Flatten", [writer.names[node]], f"{node.name}/flat")
+        writer.keep(node, flat, writer.grids.get(node))
 
 
 def _table(writer: Writer, node: fx.Node, module: Table) -> None:
@@ -192,7 +200,7 @@ def _reshape(writer: Writer, node: fx.Node, _: None) -> None:
     if len(shape) == 1:
         _move(writer, node, "Flatten")
     else:
-        _move(writer, node, "Reshape", writer.constant(f"{node.name}_shape", [-1, *shape], "int64"))
+        _move(writer, node, "Reshape", writer.constant(f"{node.name}/shape", [-1, *shape], "int64"))
 
 
 def _slice(writer: Writer, node: fx.Node, _: None) -> None:
@@ -207,7 +215,7 @@ def _slice(writer: Writer, node: fx.Node, _: None) -> None:
     ]
     axes, starts, ends, steps = zip(*ranges, strict=True)
     columns = {"starts": starts, "ends": ends, "axes": axes, "steps": steps}
-    _move(writer, node, "Slice", *(writer.constant(f"{node.name}_{n}", list(c), "int64") for n, c in columns.items()))
+    _move(writer, node, "Slice", *(writer.constant(f"{node.name}/{n}", list(c), "int64") for n, c in columns.items()))
 
 
 def _pad(writer: Writer, node: fx.Node, _: None) -> None:
@@ -222,13 +230,13 @@ def _pad(writer: Writer, node: fx.Node, _: None) -> None:
     for axis, (first, last) in enumerate(zip(amounts[::2], amounts[1::2], strict=True), 1):
         before[-axis], after[-axis] = first, last
     grid = writer.grids.get(source)
-    zero = writer.constant("zero", 0.0, "float32") if grid is None else writer.bound(0, grid)
-    _move(writer, node, "Pad", writer.constant(f"{node.name}_pads", before + after, "int64"), zero)
+    zero = writer.constant("value/zero", 0.0, "float32") if grid is None else writer.bound(0, grid)
+    _move(writer, node, "Pad", writer.constant(f"{node.name}/pads", before + after, "int64"), zero)
 
 
 def _concatenate(writer: Writer, node: fx.Node, _: None) -> None:
+    parts: Any = node.args[0]  # the same tensor may come twice
     axis: Any = node.args[1]
-    parts = node.all_input_nodes
     name = writer.add("Concat", [writer.names[part] for part in parts], node.name, axis=axis)
     writer.keep(node, name, writer.grids.get(parts[0]))
 

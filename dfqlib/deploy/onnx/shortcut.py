@@ -56,10 +56,10 @@ def write_shortcut(writer: Writer, node: fx.Node, shortcut: Shortcut) -> None:
     channels, grid = writer.shapes[source.name][0], writer.grids[source]
     weight = np.pad(np.eye(channels, dtype=np.int8), ((shortcut.before, shortcut.after), (0, 0)))[:, :, None, None]
     one = writer.constant("one", 1.0, "float32")
-    codes = writer.weight(f"{node.name}_ones", weight, 4)
-    values = writer.add("DequantizeLinear", [codes, one], f"{node.name}_ones_real")
+    codes = writer.weight(f"{node.name}/ones", weight, 4)
+    values = writer.add("DequantizeLinear", [codes, one], f"{node.name}/ones_real")
     strides = list(shortcut.strides)
-    writer.add("Conv", [writer.real(source), values], f"{node.name}_sum", kernel_shape=[1, 1], strides=strides)
+    writer.add("Conv", [writer.real(source), values], f"{node.name}/sum", kernel_shape=[1, 1], strides=strides)
     writer.keep(
-        node, writer.add("QuantizeLinear", [f"{node.name}_sum", *writer.grid_constants(source, grid)], node.name), grid
+        node, writer.add("QuantizeLinear", [f"{node.name}/sum", *writer.grid_constants(source, grid)], node.name), grid
     )

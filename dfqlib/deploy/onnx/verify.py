@@ -239,10 +239,10 @@ def _add_float_engines(
     size = None
     try:
         content = float_model(simulation, shapes_of(simulation, image_shape)).SerializeToString()
-    except InputError:
+        session, _ = load(content)
+    except InputError:  # only a comparison
         pass
     else:
-        session, _ = load(content)
         engines[FLOAT_FILE] = lambda x: session.run(None, {INPUT: x.numpy()})
         size = len(content)
     engines[FLOAT_TORCH] = float_network(network)

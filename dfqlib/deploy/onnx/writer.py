@@ -24,7 +24,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Writer:
-    """Nodes and constants so far. A tensor of codes has its node's name; its values have the suffix "_real".
+    """Nodes and constants so far. A tensor of codes has its node's name; its values have the suffix "/real".
 
     Args:
         shapes: of each node's tensor, without the batch.
@@ -60,13 +60,13 @@ class Writer:
     def bound(self, code: int, grid: StepQuantizer) -> str:
         """A code as the constant that a runtime carries it as."""
         carried = code + zero_point(grid)
-        return self.constant(f"code_{carried}", carried, "uint8")
+        return self.constant(f"code/{carried}", carried, "uint8")
 
     def real(self, node: fx.Node) -> str:
         """The name of a tensor's values, dequantized once for all of its readers."""
         if node not in self.grids:
             return self.names[node]
-        name = f"{self.names[node]}_real"
+        name = f"{self.names[node]}/real"
         if name not in self._dequantized:
             self._dequantized.add(name)
             self.add("DequantizeLinear", [self.names[node], *self.grid_constants(node, self.grids[node])], name)
@@ -76,7 +76,7 @@ class Writer:
         """Quantize ``values`` as the codes of ``node``, clipped where a byte holds more than the grid."""
         low, high = self._bounds(node, grid)
         whole = (low + zero_point(grid), high + zero_point(grid)) == (0, 255)
-        name = node.name if whole else f"{node.name}_byte"
+        name = node.name if whole else f"{node.name}/byte"
         self.add("QuantizeLinear", [values, *self.grid_constants(node, grid)], name)
         if not whole:
             self.add("Clip", [name, self.bound(low, grid), self.bound(high, grid)], node.name)
@@ -101,40 +101,40 @@ class Writer:
         """A layer's codes in int8; packed ones are unpacked as the file is loaded, since kernels read bytes."""
         if self.container == "int8" or bits > 4:
             return self.constant(name, codes, "int8")
-        return self.add("Cast", [self.constant(name, codes, "int4")], f"{name}_int8", to=self.onnx.TensorProto.INT8)
+        return self.add("Cast", [self.constant(name, codes, "int4")], f"{name}/int8", to=self.onnx.TensorProto.INT8)
 
     def layer_constants(self, node: fx.Node, layer: IntegerLayer) -> list[str]:
         """Dequantized weight and bias of a layer: the bias on the grid of the accumulator."""
         codes, bias, steps = layer.integers()
-        weight_step = self.constant(f"{node.name}_weight_step", steps, "float32")
-        bias_step = self.constant(f"{node.name}_bias_step", layer.source.step * steps, "float32")
+        weight_step = self.constant(f"{node.name}/weight_step", steps, "float32")
+        bias_step = self.constant(f"{node.name}/bias_step", layer.source.step * steps, "float32")
         pairs = {
-            "weight": [self.weight(f"{node.name}_weight", codes, layer.bits), weight_step],
-            "bias": [self.constant(f"{node.name}_bias", bias, "int32"), bias_step],
+            "weight": [self.weight(f"{node.name}/weight", codes, layer.bits), weight_step],
+            "bias": [self.constant(f"{node.name}/bias", bias, "int32"), bias_step],
         }
         if not layer.is_convolution:  # ONNX Runtime fuses a matrix product only if told even that this is zero
-            pairs["weight"].append(self.constant(f"{node.name}_weight_zero", np.zeros(len(steps)), "int8"))
+            pairs["weight"].append(self.constant(f"{node.name}/weight_zero", np.zeros(len(steps)), "int8"))
         return [
-            self.add("DequantizeLinear", inputs, f"{node.name}_{part}_real", axis=0) for part, inputs in pairs.items()
+            self.add("DequantizeLinear", inputs, f"{node.name}/{part}_real", axis=0) for part, inputs in pairs.items()
         ]
 
     def average_weight(self, node: fx.Node, ones: Tensor, step: Tensor) -> str:
         """The weight of an average: ones, times one over their number."""
         inputs = [
-            self.constant(f"{node.name}_weight", ones, "int8"),
-            self.constant(f"{node.name}_weight_step", step, "float32"),
+            self.constant(f"{node.name}/weight", ones, "int8"),
+            self.constant(f"{node.name}/weight_step", step, "float32"),
         ]
-        return self.add("DequantizeLinear", inputs, f"{node.name}_weight_real")
+        return self.add("DequantizeLinear", inputs, f"{node.name}/weight_real")
 
     def table(self, node: fx.Node, source: fx.Node, entries: Tensor, grid: StepQuantizer) -> None:
         """Look each code of ``source`` up."""
-        index = self.add("Cast", [self.names[source]], f"{node.name}_index", to=self.onnx.TensorProto.INT32)
-        values = self.constant(f"{node.name}_table", entries + zero_point(grid), "uint8")
+        index = self.add("Cast", [self.names[source]], f"{node.name}/index", to=self.onnx.TensorProto.INT32)
+        values = self.constant(f"{node.name}/table", entries + zero_point(grid), "uint8")
         self.keep(node, self.add("Gather", [values, index], node.name), grid)
 
     def grid_constants(self, node: fx.Node, grid: StepQuantizer) -> list[str]:
         """Step and zero point of ``node``'s codes, the step named after the first node on this grid."""
-        name = self._steps.setdefault(grid, f"{node.name}_step")
+        name = self._steps.setdefault(grid, f"{node.name}/step")
         return [self.constant(name, grid.step, "float32"), self.bound(0, grid)]
 
     def _packed(self, name: str, codes: np.ndarray) -> Any:
@@ -156,18 +156,18 @@ class FloatWriter(Writer):
 
     def bound(self, code: int, grid: StepQuantizer) -> str:
         value = code * grid.step
-        return self.constant(f"value_{float(value):.9g}", value, "float32")
+        return self.constant(f"value/{float(value):.9g}", value, "float32")
 
     def layer_constants(self, node: fx.Node, layer: IntegerLayer) -> list[str]:
         codes, bias, steps = layer.integers()
         weight = codes * steps.reshape(-1, *[1] * (codes.ndim - 1))
         return [
-            self.constant(f"{node.name}_weight", weight, "float32"),
-            self.constant(f"{node.name}_bias", bias * layer.source.step * steps, "float32"),
+            self.constant(f"{node.name}/weight", weight, "float32"),
+            self.constant(f"{node.name}/bias", bias * layer.source.step * steps, "float32"),
         ]
 
     def average_weight(self, node: fx.Node, ones: Tensor, step: Tensor) -> str:
-        return self.constant(f"{node.name}_weight", ones * step, "float32")
+        return self.constant(f"{node.name}/weight", ones * step, "float32")
 
     def table(self, node: fx.Node, source: fx.Node, entries: Tensor, grid: StepQuantizer) -> None:
         raise InputError(f"{node.name} is a table of codes, which has no floating-point form here")

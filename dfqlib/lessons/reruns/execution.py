@@ -1,6 +1,7 @@
 """Execute one notebook, and leave of it a copy, a page and its results: each whole, as far as the notebook came."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -13,7 +14,7 @@ from typing import Any
 
 from dfqlib.errors import InputError
 from dfqlib.lessons.reruns.parameters import read_notebook, read_parameters
-from dfqlib.training.files import written_whole
+from dfqlib.training.files import check_writable, written_whole
 
 __all__ = [
     "KERNEL", "QUIET_KERNEL", "Job", "Run", "check_output", "code_cells", "execute", "fix_environment", "write_results",
@@ -22,6 +23,8 @@ __all__ = [
 KERNEL = "python3"
 QUIET_KERNEL = ["--log-level=CRITICAL"]  # without its own remarks between our lines
 RECORDED_VERSIONS = ("dfqlib", "numpy", "scikit-learn", "torch", "torchvision")
+SUFFIXES = (".ipynb", ".html", ".json")
+"""The files that a job leaves."""
 LAST_LINES = 30  # of a traceback
 
 
@@ -67,7 +70,8 @@ def check_output(job: Job) -> None:
     """Make the folder of the job's results, which must not lie in the notebook's own place.
 
     Raises:
-        InputError: the folder cannot be made or written to, or the notebook would be replaced by its copy.
+        InputError: the folder cannot be made, a file in it cannot be written, or the notebook would be replaced by its
+            copy.
     """
     folder = job.target.parent
     if _beside(job.target, ".ipynb").resolve() == job.source.resolve():
@@ -78,6 +82,8 @@ def check_output(job: Job) -> None:
         raise InputError(f"--output={folder} cannot be a folder ({error.strerror}); name another") from None
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output={folder} cannot be written to; name another")
+    for suffix in SUFFIXES:
+        check_writable(_beside(job.target, suffix), "--output")
 
 
 def fix_environment() -> None:
@@ -106,8 +112,8 @@ def execute(job: Job, on_cell: Callable[[], None]) -> str | None:
     _partial(job).unlink(missing_ok=True)
     try:
         papermill.execute_notebook(
-            job.source,
-            _partial(job),
+            _literally(job.source),
+            _literally(_partial(job)),
             job.parameters,
             kernel_name=KERNEL,
             language="python",
@@ -143,6 +149,7 @@ def write_results(job: Job, seconds: float, peak_gb: float | None, error: str | 
     except InputError:  # it was stopped before its first cell, or while it was being saved
         notebook = source
         partial.unlink(missing_ok=True)
+        error = error or "it left no notebook"
     defaults = {name: parameter.default for name, parameter in read_parameters(source).items()}
     record = {
         "notebook": job.name,
@@ -155,8 +162,17 @@ def write_results(job: Job, seconds: float, peak_gb: float | None, error: str | 
     }
     _write_page(notebook, _beside(job.target, ".html"))
     with written_whole(_beside(job.target, ".json")) as temporary:
-        temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(_finite(record), indent=2, default=str) + "\n", encoding="utf-8")
     return record
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither infinity nor NaN: these become text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _write_page(notebook: Any, path: Path) -> None:
@@ -204,6 +220,11 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _literally(path: Path) -> str:
+    """papermill fills names in braces with parameters, in paths too."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _partial(job: Job) -> Path:
