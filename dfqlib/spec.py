@@ -82,6 +82,24 @@ class QuantSpec:
             raise InputError(f'bits={bits!r} needs both widths, for example "w4a4"')
         return cls(weight_bits=int(match[1]), activation_bits=int(match[2]), **changes)
 
+    @classmethod
+    def dfqf(cls, weight_bits: int, activation_bits: int, **changes: Any) -> "QuantSpec":
+        """The protocol of DFQF's tables: per tensor, first and last layer at 8 bits, learned step sizes."""
+        fields: dict[str, Any] = {"edge_bits": 8, "granularity": "tensor"} | changes
+        return cls(weight_bits, activation_bits, **fields)
+
+    @classmethod
+    def literature(cls, bits: int, **changes: Any) -> "QuantSpec":
+        """The protocol of GDFQ's tables and most after it: all layers at this width, weights per output channel."""
+        fields: dict[str, Any] = {"edge_bits": bits, "granularity": "channel"} | changes
+        return cls(bits, bits, **fields)
+
+    def __str__(self) -> str:
+        ends = f"ends {self.edge_bits} bits"
+        single = f", {len(dict(self.layers))} layers apart" if self.layers else ""
+        kind = f"{self.scheme}, {self.step} steps, skip {self.skip}"
+        return f"W{self.weight_bits}A{self.activation_bits} ({ends}, per {self.granularity}, {kind}{single})"
+
     def weight_bits_of(self, layer: str, at_edge: bool) -> int:
         """Width of the weights of a layer, the first and the last one being at the edge."""
         return dict(self.layers).get(layer, self.edge_bits if at_edge else self.weight_bits)

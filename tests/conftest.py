@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import dfqlib
-from dfqlib.evaluation.metrics import Batches
+from dfqlib.network.inference import Batches
 from dfqlib.recipes.base import prepare_teacher
 from dfqlib.training import Session
 from dfqlib.training.task import Task

@@ -23,7 +23,8 @@ from dfqlib.deploy.onnx import check_exportable, export_onnx, integer_network
 from dfqlib.deploy.onnx.verify import verify_export
 from dfqlib.deploy.saving import load_quantized, save_quantized
 from dfqlib.errors import InputError
-from dfqlib.evaluation.metrics import Batches, agreement, compare_classes, predict_classes
+from dfqlib.evaluation.metrics import agreement, compare_classes, predict_classes
+from dfqlib.network.inference import Batches
 from dfqlib.recipes import Report
 from dfqlib.recipes.base import RECIPES_WITH_IMAGES
 from dfqlib.spec import QuantSpec
@@ -79,7 +80,7 @@ def quantize(options: argparse.Namespace) -> int:
         settings.setdefault("integer_share", INTEGER_SHARE)
     report = recipes.quantize(
         subject.model, subject.image_shape, spec, recipe=options.recipe, budget=options.budget, seed=options.seed,
-        progress=not options.quiet, checkpoint=options.resume, **settings,
+        progress=not options.quiet, resume=options.resume, **settings,
     )  # fmt: skip
     narrowed = ""
     if as_integers:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from dfqlib import models
 from dfqlib.data import NORMALIZATION, load_data
 from dfqlib.errors import InputError
-from dfqlib.evaluation.metrics import Batches
 from dfqlib.models.checkpoints import load_checkpoint
-from dfqlib.network.inference import predict
+from dfqlib.network.inference import Batches, predict
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The file holds tensors and plain values only: the weights, the ranges of the qua
 quantized. Which layers there are comes from the architecture, so reading a file never runs code out of it.
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -62,6 +63,8 @@ def save_quantized(
     path = Path(path)
     check_writable(path, "path")
     model, settings = (network, {}) if isinstance(network, nn.Module) else (network.model, network.settings)
+    if not isinstance(network, nn.Module):
+        model = _with_ranges_of_sums(model, getattr(network, "images", None))
     meta = getattr(model, "meta", {})
     spec, changes = meta.get("spec"), dict(meta.get("changes", {}))
     if not isinstance(spec, QuantSpec):
@@ -89,6 +92,19 @@ def save_quantized(
     with written_whole(path) as temporary:
         torch.save(content, temporary)
     return path
+
+
+def _with_ranges_of_sums(model: nn.Module, images: Tensor | None) -> nn.Module:
+    """A copy with the ranges that an exported file needs, so that it is the same file before and after."""
+    prepared = copy.deepcopy(model)
+    try:
+        if images is not None and len(images):
+            place = next(prepared.parameters()).device
+            integer.prepare(prepared, images.to(place))
+            return prepared
+    except InputError:  # it has no integer form, and needs no such ranges
+        pass
+    return model
 
 
 def load_quantized(path: str | PathLike[str], model: nn.Module | None = None) -> nn.Module:

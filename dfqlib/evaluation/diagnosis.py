@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dfqlib.errors import InputError
 from dfqlib.evaluation.metrics import agreement, sqnr
-from dfqlib.network.inference import predict
+from dfqlib.network.inference import Batches, as_images, predict
 from dfqlib.quantizer import Quantizer, StepQuantizer, quantizers
 from dfqlib.quantizer.plain import float_network
 
@@ -151,21 +151,21 @@ class Diagnosis:
 
 
 @torch.no_grad()
-def diagnose(report: Run, images: Tensor | None = None) -> Diagnosis:
+def diagnose(report: Run, images: Tensor | Batches | None = None) -> Diagnosis:
     """Look into a quantized network: per-layer noise, ranges, dead channels, steps, agreement.
 
     The teacher is the network that was calibrated, without its quantizers (the model's own where that was not kept).
 
     Args:
         report: what ``dfqlib.quantize`` returned.
-        images: (N, C, H, W), normalized; None for the report's own synthetic ones.
+        images: (N, C, H, W), normalized, or a loader; None for the report's own synthetic ones.
 
     Raises:
         InputError: the report is not of a quantized network, or there are no images.
 
     Taught in notebook 11.
     """
-    network, images = copy.deepcopy(report.model).cpu(), report.images if images is None else images
+    network, images = copy.deepcopy(report.model).cpu(), report.images if images is None else as_images(images)
     found = dict(quantizers(network))
     if not found or len(images) == 0:
         raise InputError(

@@ -5,16 +5,14 @@ Taught in notebook 07.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dfqlib.errors import InputError
-from dfqlib.network.inference import evaluating, logits_of, predict
-
-Batches = Iterable[tuple[Tensor, Tensor]]
+from dfqlib.network.inference import Batches, as_batches, as_images, evaluating, logits_of, predict
 
 SQNR_BATCH = 64
 """Images whose layers' outputs ``sqnr`` holds at once: a few tens of MB for a network of 32x32 images."""
@@ -25,7 +23,7 @@ def evaluate(model: nn.Module, loader: Batches) -> float:
 
     Args:
         model: classifier; its mode is restored afterwards.
-        loader: batches of (images, labels), normalized as the model expects.
+        loader: batches of (images, labels), or one pair (images, labels), normalized as the model expects.
 
     Raises:
         InputError: no images, images of a shape the model cannot take, or labels beyond its classes.
@@ -46,7 +44,7 @@ def predict_classes(model: nn.Module, loader: Batches) -> tuple[Tensor, Tensor]:
     """The classes that the model chooses and the labels, both (N,), in the loader's order. Errors as ``evaluate``."""
     chosen, expected = [], []
     with evaluating(model):
-        for images, labels in loader:
+        for images, labels in as_batches(loader):
             logits = logits_of(model, images)
             if len(labels) and int(labels.max()) >= logits.shape[1]:
                 raise InputError(
@@ -60,8 +58,9 @@ def predict_classes(model: nn.Module, loader: Batches) -> tuple[Tensor, Tensor]:
     return torch.cat(chosen), torch.cat(expected)
 
 
-def agreement(model: nn.Module, teacher: nn.Module, images: Tensor) -> float:
-    """Share of images on which both choose the same class, in percent."""
+def agreement(model: nn.Module, teacher: nn.Module, images: Tensor | Batches) -> float:
+    """Share of images on which both choose the same class, in percent; images as a tensor or a loader."""
+    images = as_images(images)
     if not len(images):
         raise InputError("images is empty; agreement needs at least one image")
     same = predict(model, images).argmax(1) == predict(teacher, images).argmax(1)
@@ -102,6 +101,8 @@ def compare(model: nn.Module, teacher: nn.Module, loader: Batches) -> Comparison
 
     Taught in notebook 07.
     """
+    if isinstance(loader, Iterator):  # both must see its batches
+        loader = list(loader)
     chosen, labels = predict_classes(model, loader)
     return compare_classes(chosen, predict_classes(teacher, loader)[0], labels)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dfqlib.errors import InputError
 from dfqlib.losses import distillation_loss
-from dfqlib.network.inference import predict
+from dfqlib.network.inference import Batches, as_images, predict
 from dfqlib.quantizer import QuantSpec, StepQuantizer, quantize_layers
 
 
@@ -83,13 +83,13 @@ class Sensitivity:
 
 @torch.no_grad()
 def sensitivity(
-    model: nn.Module, images: Tensor, widths: Sequence[int] = (2, 3, 4, 6, 8), granularity: Any = "channel"
+    model: nn.Module, images: Tensor | Batches, widths: Sequence[int] = (2, 3, 4, 6, 8), granularity: Any = "channel"
 ) -> Sensitivity:
     """Quantize the weights of one layer at a time and see how far the network's answers move.
 
     Args:
         model: the trained network, in floating point; left untouched.
-        images: (N, C, H, W), normalized; synthetic ones do.
+        images: (N, C, H, W), normalized, or a loader; synthetic ones do.
         widths: widths to try, 2 to 16.
         granularity: "tensor" or "channel".
 
@@ -98,6 +98,7 @@ def sensitivity(
 
     Taught in notebook 11.
     """
+    images = as_images(images)
     if not widths or len(images) == 0:
         raise InputError(f"widths={tuple(widths)} and images ({len(images)}) must each have at least one element")
     ordered = tuple(sorted(set(widths)))

@@ -1,14 +1,61 @@
 """Running a classifier: its logits, in eval mode, with a clear error where the images do not fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dfqlib.errors import InputError
 
-__all__ = ["evaluating", "logits_of", "predict"]
+__all__ = ["Batches", "as_batches", "as_images", "evaluating", "logits_of", "predict"]
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""A loader of (images, labels)."""
+
+
+def as_batches(data: Batches | tuple[Tensor, Tensor], argument: str = "loader") -> Batches:
+    """Labelled images as batches, from a loader or from one pair (images, labels).
+
+    Raises:
+        InputError: neither.
+    """
+    pair: Any = data
+    if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(each, Tensor) for each in pair):
+        images, labels = pair
+        if len(images) != len(labels):
+            raise InputError(
+                f"{argument}: {len(images)} images and {len(labels)} labels; give one label for each image"
+            )
+        return zip(images.split(256), labels.split(256), strict=True)
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise InputError(f"{argument}={_said(data)} must be a loader of (images, labels), or a pair of such tensors")
+    return pair
+
+
+def as_images(data: Tensor | Batches, argument: str = "images") -> Tensor:
+    """Images as one tensor (N, C, H, W), from such a tensor or from a loader of (images, labels).
+
+    Raises:
+        InputError: neither, or none.
+    """
+    if isinstance(data, Tensor):
+        found = data
+    elif isinstance(data, Iterable) and not isinstance(data, str):
+        parts = [batch[0] if isinstance(batch, tuple | list) else batch for batch in data]
+        if not parts or not all(isinstance(part, Tensor) for part in parts):
+            raise InputError(f"{argument}={_said(data)} must be images (N, C, H, W), or a loader of (images, labels)")
+        found = torch.cat(parts)
+    else:
+        raise InputError(f"{argument}={_said(data)} must be images (N, C, H, W), or a loader of (images, labels)")
+    if found.ndim != 4:
+        raise InputError(f"{argument}={_said(found)} must be images (N, C, H, W)")
+    return found
+
+
+def _said(value: object) -> str:
+    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 @torch.inference_mode()

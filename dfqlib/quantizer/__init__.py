@@ -7,7 +7,7 @@ integer hardware executes) and an *affine* one between a lower and an upper boun
 Taught in notebooks 02 and 07.
 """
 
-from dfqlib.quantizer.coverage import Coverage, coverage
+from dfqlib.quantizer.coverage import LOUD, Coverage, coverage
 from dfqlib.quantizer.functions import affine_quantize, fake_quantize
 from dfqlib.quantizer.fused import compiled, fused
 from dfqlib.quantizer.insertion import (
@@ -24,7 +24,7 @@ from dfqlib.quantizer.modules import AffineQuantizer, Quantizer, StepQuantizer
 from dfqlib.spec import QuantSpec, integer_range
 
 __all__ = [
-    "AffineQuantizer", "Coverage", "QuantConv2d", "QuantLinear", "QuantSpec", "Quantizer", "StepQuantizer",
+    "LOUD", "AffineQuantizer", "Coverage", "QuantConv2d", "QuantLinear", "QuantSpec", "Quantizer", "StepQuantizer",
     "affine_quantize", "calibrate", "check_steps", "compiled", "coverage", "fake_quantize", "fused", "integer_range",
     "parameter_groups", "quantize_layers", "quantizers", "set_mode",
 ]  # fmt: skip

@@ -6,12 +6,14 @@ settings can contradict each other, ``check(spec, settings)`` refuses that befor
 """
 
 import dataclasses
+import difflib
 import hashlib
 import importlib
 import os
 import pkgutil
 import platform
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dfqlib import quantizer
 from dfqlib.errors import InputError
 from dfqlib.network import convolution
 from dfqlib.recipes import base, given
@@ -41,12 +44,12 @@ def quantize(
     image_shape: ImageShape,
     bits: str | QuantSpec | Mapping[str, Any] = "w4a4",
     *,
-    recipe: str = "express",
+    recipe: str | Any = "express",
     budget: str = "quick",
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
-    checkpoint: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Report:
     """Quantize a trained classifier without data (or, to compare with, with data: see ``images=``).
@@ -55,12 +58,13 @@ def quantize(
         model: any classifier called with images (batch, channels, height, width); left untouched.
         image_shape: (channels, height, width) of the images it was trained on.
         bits: widths such as "w4a4", a QuantSpec, or weight widths by layer: {"default": "w4a4", "conv1": 8}.
-        recipe: one of ``recipes.names()``.
+        recipe: one of ``recipes.names()``, or its settings, such as ``recipes.express.Settings(steps=800)``, which then
+            stand for a budget.
         budget: "quick" for minutes on two CPU cores, "published" for the paper's schedule.
         seed: everything random follows from it; the same seed, device and thread count give the same bits.
         device: where to run; None for where the model is.
         progress: show progress bars.
-        checkpoint: file to save progress to and to resume from.
+        resume: file to save progress to and to resume from.
         **settings: fields of the recipe's ``Settings`` to change, such as ``steps=1000``; ``images=`` with real images
             for the recipes "real" and "calibrate".
 
@@ -74,10 +78,11 @@ def quantize(
     Taught in notebook 07.
     """
     spec = QuantSpec.parse(bits)
-    method, chosen = find(recipe, "quantize", budget, settings)
+    resume = settings.pop("checkpoint", resume)  # its name in the first edition
+    recipe, budget, method, chosen = _chosen(recipe, "quantize", budget, settings)
     if hasattr(method, "check"):
         method.check(spec, chosen)
-    run = _Run(model, image_shape, recipe, budget, seed, device, progress, checkpoint, method, chosen, {"spec": spec})
+    run = _Run(model, image_shape, recipe, budget, seed, device, progress, resume, method, chosen, {"spec": spec})
     return run(lambda task: method.quantize(task, spec, chosen))
 
 
@@ -86,12 +91,12 @@ def distill(
     student: nn.Module,
     image_shape: ImageShape,
     *,
-    recipe: str = "dfqf",
+    recipe: str | Any = "dfqf",
     budget: str = "quick",
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
-    checkpoint: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Report:
     """Train a smaller network to do what a trained classifier does, without data.
@@ -101,16 +106,17 @@ def distill(
         student: an untrained network with as many classes; left untouched, its trained copy is ``report.model``.
         image_shape: (channels, height, width) of the images the teacher was trained on.
         recipe: one that distils, such as "dfqf".
-        budget, seed, device, progress, checkpoint, settings: as for ``quantize``.
+        budget, seed, device, progress, resume, settings: as for ``quantize``.
 
     Raises:
         InputError, NonFiniteError: as ``quantize``.
 
     Taught in notebook 05.
     """
-    method, chosen = find(recipe, "distill", budget, settings)
+    resume = settings.pop("checkpoint", resume)
+    recipe, budget, method, chosen = _chosen(recipe, "distill", budget, settings)
     kind = {"student": type(student).__name__}
-    run = _Run(model, image_shape, recipe, budget, seed, device, progress, checkpoint, method, chosen, kind)
+    run = _Run(model, image_shape, recipe, budget, seed, device, progress, resume, method, chosen, kind)
     report = run(lambda task: method.distill(task, _fresh_student(student, task), chosen))
     report.model = convolution.restore(report.model, student)
     return report
@@ -127,7 +133,7 @@ class _Run:
     seed: int
     device: str | torch.device | None
     progress: bool
-    checkpoint: str | os.PathLike[str] | None
+    resume: str | os.PathLike[str] | None
     method: ModuleType
     chosen: Any
     subject: dict[str, Any]
@@ -141,8 +147,9 @@ class _Run:
         teacher, classes = prepare_teacher(self.model, self.image_shape, device)
         if self.method.NEEDS_BATCHNORM:
             base.require_batchnorm(teacher, self.recipe)
+        self._say_what_stays_in_float(teacher)
         settings = self._record(device)
-        path = None if self.checkpoint is None else Path(self.checkpoint)
+        path = None if self.resume is None else Path(self.resume)
         session = Session(self.seed, self.progress, path, identity=_identity(settings))
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), convolution.guarded():
             outcome: Outcome = work(Task(teacher, self.image_shape, classes, session))
@@ -158,7 +165,17 @@ class _Run:
             calibrated=outcome.calibrated,
             interrupted=session.interrupted,
             steps=session.steps,
+            teacher=teacher,
         )
+
+    def _say_what_stays_in_float(self, teacher: nn.Module) -> None:
+        spec = self.subject.get("spec")
+        if spec is None:
+            return
+        network = quantizer.quantize_layers(teacher, spec)
+        found = quantizer.coverage(network, self.image_shape)
+        if found.floating_share > quantizer.LOUD:
+            warnings.warn(f"model: {found}", stacklevel=4)
 
     def _record(self, device: torch.device) -> dict[str, Any]:
         return {
@@ -180,7 +197,7 @@ class _Run:
 
 def _identity(settings: dict[str, Any]) -> dict[str, str]:
     ignored = {"device", "processor", "dtype", "threads", "torch", "python"}
-    return {name: str(value) for name, value in settings.items() if name not in ignored}
+    return {name: repr(value) for name, value in settings.items() if name not in ignored}
 
 
 def _fingerprint(model: nn.Module) -> str:
@@ -192,6 +209,18 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
+def _chosen(recipe: Any, verb: str, budget: str, changes: dict[str, Any]) -> tuple[str, str, ModuleType, Any]:
+    """Name, budget, module and settings of a recipe, given by name or by its settings."""
+    if isinstance(recipe, str | type) or not dataclasses.is_dataclass(recipe):
+        method, chosen = find(str(recipe), verb, budget, changes)
+        return str(recipe), budget, method, chosen
+    room, _, name = type(recipe).__module__.rpartition(".")
+    if room != __name__ or name not in names():
+        raise InputError(f"recipe={type(recipe).__name__} is of no recipe; give such as recipes.express.Settings()")
+    method, _ = find(name, verb, "quick", {})
+    return name, "settings", method, override(recipe, changes, name)
+
+
 def find(recipe: str, verb: str, budget: str, changes: dict[str, Any]) -> tuple[ModuleType, Any]:
     """The module of a recipe that can do ``verb`` ("quantize" or "distill"), and its settings with the changes.
 
@@ -199,7 +228,9 @@ def find(recipe: str, verb: str, budget: str, changes: dict[str, Any]) -> tuple[
         InputError: unknown recipe, budget or setting, a value out of range, or a recipe that does something else.
     """
     if recipe not in names():
-        raise InputError(f'recipe="{recipe}" is unknown; known are {", ".join(names())}')
+        close = difflib.get_close_matches(str(recipe), names(), 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise InputError(f'recipe="{recipe}" is unknown; {hint}known are {", ".join(names())}')
     method = importlib.import_module(f"dfqlib.recipes.{recipe}")
     if not hasattr(method, verb):
         able = [name for name in names() if hasattr(importlib.import_module(f"dfqlib.recipes.{name}"), verb)]

@@ -1,18 +1,28 @@
 """What every recipe gets and gives: the task, the outcome, and the checks before any work starts."""
 
 import dataclasses
+import difflib
 import math
+import textwrap
 from dataclasses import dataclass, field
+from numbers import Integral
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
 
-from dfqlib import batchnorm
+from dfqlib import batchnorm, quantizer
+from dfqlib.deploy import integer
+from dfqlib.deploy.onnx import export_onnx
+from dfqlib.deploy.saving import save_quantized
 from dfqlib.errors import InputError, NonFiniteError
+from dfqlib.evaluation.metrics import Comparison, agreement, compare
 from dfqlib.network import graph
-from dfqlib.network.inference import predict
+from dfqlib.network.inference import Batches, predict
 from dfqlib.network.plain import plain
+from dfqlib.spec import QuantSpec
 from dfqlib.training import channels_last
 
 ImageShape = tuple[int, int, int]
@@ -33,7 +43,7 @@ class Outcome:
     calibrated: nn.Module | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What ``dfqlib.quantize`` and ``dfqlib.distill`` return.
 
@@ -48,16 +58,95 @@ class Report:
         calibrated: the quantized network before fine-tuning, or None.
         interrupted: Ctrl-C ended the run early; ``model`` is as far as it came.
         steps: a row per look at the quantizers' steps while they are trained, the mean over channels by quantizer.
+        teacher: a frozen copy of the network that was given.
     """
 
     model: nn.Module
     images: Tensor
-    history: list[dict[str, Any]] = field(repr=False)
+    history: list[dict[str, Any]]
     seconds: float
     settings: dict[str, Any]
-    calibrated: nn.Module | None = field(default=None, repr=False)
+    calibrated: nn.Module | None = None
     interrupted: bool = False
-    steps: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    teacher: nn.Module | None = None
+
+    def __repr__(self) -> str:
+        said = [self.settings.get("model", type(self.model).__name__)]
+        spec = self.settings.get("spec")
+        said += [str(spec)] if isinstance(spec, QuantSpec) else []
+        said += [f"{name}={self.settings[name]!r}" for name in ("recipe", "budget", "seed") if name in self.settings]
+        end = ", interrupted" if self.interrupted else ""
+        return f"Report({', '.join(said)}, images={tuple(self.images.shape)}, seconds={self.seconds:.1f}{end})"
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """(channels, height, width) of what the network takes."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def coverage(self) -> "quantizer.Coverage":
+        """How many of the multiply-accumulates are quantized."""
+        return quantizer.coverage(self.model, self.image_shape)
+
+    def summary(self, loader: Batches | None = None) -> str:
+        """One screen: the protocol, the widths layer by layer, what is left in floating point, the accuracy.
+
+        Args:
+            loader: labelled real images for the accuracy; None for the agreement on the report's own images.
+        """
+        lines = [repr(self)]
+        found = [(name, each) for name, each in quantizer.quantizers(self.model)]
+        if found:
+            layers = {
+                name.removesuffix(".weight_quantizer"): q.bits for name, q in found if name.endswith("weight_quantizer")
+            }
+            tensors = [
+                f"{name} {'' if getattr(q, 'signed', True) else 'u'}{q.bits}"
+                for name, q in found
+                if not name.endswith("weight_quantizer")
+            ]
+            lines += [_wrapped("weights (bits): ", [f"{name} {bits}" for name, bits in layers.items()])]
+            lines += [_wrapped("activations (bits, u: unsigned): ", tensors), str(self.coverage())]
+            lines += self._stored_in_7_bits()
+        if loader is not None:
+            lines.append(str(self.compare(loader)))
+        elif self.teacher is not None and len(self.images):
+            share = agreement(self.model, self.teacher, self.images)
+            lines.append(
+                f"agreement with the original on the {len(self.images):,} images it was tuned on: {share:.1f} %"
+            )
+        return "\n".join(lines)
+
+    def _stored_in_7_bits(self) -> list[str]:
+        try:
+            narrowed = integer.narrowed(self.model)
+        except InputError:  # no integer form
+            return []
+        counts = [f"{name} ({count} channels)" for name, count in narrowed.items()]
+        return (
+            [f"stored in 7 bits in an exported file, so that no processor saturates: {', '.join(counts)}"]
+            if counts
+            else []
+        )
+
+    def save(self, path: str | PathLike[str], **about: Any) -> Path:
+        """Write the network to a file that ``dfqlib.load_quantized`` reads; arguments as ``dfqlib.save_quantized``."""
+        return save_quantized(self, path, **about)
+
+    def export(self, path: str | PathLike[str], **options: Any) -> Path:
+        """Write the network as an integer ONNX file; arguments as ``dfqlib.export_onnx``."""
+        return export_onnx(self, path, **options)
+
+    def compare(self, loader: Batches) -> Comparison:
+        """The network beside the original on labelled images, as ``dfqlib.compare``."""
+        if self.teacher is None:
+            raise InputError("report.teacher is None; call dfqlib.compare(report.model, teacher, loader)")
+        return compare(self.model, self.teacher, loader)
+
+
+def _wrapped(title: str, items: list[str]) -> str:
+    return textwrap.fill(title + ", ".join(items), 100, subsequent_indent="  ")
 
 
 def prepare_teacher(model: nn.Module, image_shape: ImageShape, device: torch.device) -> tuple[nn.Module, int]:
@@ -127,8 +216,9 @@ def check_network(network: Any, argument: str) -> None:
 
 def check_image_shape(image_shape: Any) -> None:
     """Raise InputError unless image_shape is (channels, height, width)."""
-    sound = isinstance(image_shape, tuple | list) and len(image_shape) == 3
-    if not sound or not all(isinstance(side, int) and side > 0 for side in image_shape):
+    sides = list(image_shape) if isinstance(image_shape, tuple | list) else []
+    whole = all(isinstance(side, Integral) and not isinstance(side, bool) and int(side) > 0 for side in sides)
+    if len(sides) != 3 or not whole:
         raise InputError(f"image_shape={image_shape!r} must be (channels, height, width), for example (3, 32, 32)")
 
 
@@ -161,5 +251,7 @@ def override(settings: Any, changes: dict[str, Any], recipe: str) -> Any:
     known = [item.name for item in dataclasses.fields(settings)]
     for name in changes:
         if name not in known:
-            raise InputError(f'{name}= is no setting of recipe="{recipe}"; it has {", ".join(known)}')
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}=? " if close else ""
+            raise InputError(f'{name}= is no setting of recipe="{recipe}"; {hint}It has {", ".join(known)}')
     return dataclasses.replace(settings, **changes)

@@ -11,7 +11,7 @@ from torch import nn
 import dfqlib
 from dfqlib import recipes
 from dfqlib.errors import InputError
-from dfqlib.evaluation.metrics import Batches
+from dfqlib.network.inference import Batches
 
 TEXT = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
 SHAPE = (1, 16, 16)

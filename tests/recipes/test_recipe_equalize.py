@@ -12,9 +12,8 @@ import dfqlib
 from dfqlib import quantizer, recipes
 from dfqlib.deploy.saving import load_quantized, save_quantized
 from dfqlib.errors import InputError
-from dfqlib.evaluation.metrics import Batches
 from dfqlib.models import CifarResNet, ResNet8
-from dfqlib.network.inference import predict
+from dfqlib.network.inference import Batches, predict
 from dfqlib.quantizer import QuantSpec, StepQuantizer
 from dfqlib.recipes import base
 

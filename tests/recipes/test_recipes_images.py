@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dfqlib
 from dfqlib import clipping, quantizer
 from dfqlib.errors import InputError, NonFiniteError
-from dfqlib.evaluation.metrics import Batches
+from dfqlib.network.inference import Batches
 from dfqlib.recipes import calibrate, express, given, real
 from dfqlib.recipes.base import Report
 from dfqlib.training.task import Task

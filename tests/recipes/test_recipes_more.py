@@ -12,9 +12,9 @@ import dfqlib
 from dfqlib import batchnorm, losses, quantizer, recipes
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
-from dfqlib.evaluation.metrics import Batches
 from dfqlib.generators import AkdGenerator, UnconditionalGenerator
 from dfqlib.losses import SlackMargin
+from dfqlib.network.inference import Batches
 from dfqlib.recipes import akd, base, dafl, deepinversion, dfad, dfqf, dsg
 from dfqlib.training import adversarial
 from dfqlib.training.adversarial import Answers, Player, Rules

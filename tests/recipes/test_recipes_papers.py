@@ -12,8 +12,8 @@ import dfqlib
 from dfqlib import losses, quantizer
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
-from dfqlib.evaluation.metrics import Batches
 from dfqlib.models.resnet import ResNet, projection_shortcut
+from dfqlib.network.inference import Batches
 from dfqlib.recipes import dfqf, gdfq, zeroq
 from dfqlib.training.numerics import descend, make_optimizer
 from dfqlib.training.task import Task

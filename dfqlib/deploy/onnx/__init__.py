@@ -37,7 +37,7 @@ class Quantized(Protocol):
 def export_onnx(
     model: Quantized | nn.Module,
     path: str | os.PathLike[str],
-    image_shape: ImageShape,
+    image_shape: ImageShape | None = None,
     container: Container = "int8",
 ) -> Path:
     """Write a quantized network as an integer ONNX file: input "images" (batch, C, H, W), output "logits".
@@ -55,7 +55,7 @@ def export_onnx(
         model: the report of ``dfqlib.quantize``, or its ``model``; left untouched. A report has the images that set
             the ranges of sums, a model without ``integer.prepare`` gets them from its BatchNorm statistics.
         path: the file, replaced whole; nothing is left there when something fails.
-        image_shape: (channels, height, width); the batch stays free.
+        image_shape: (channels, height, width); the batch stays free. None where the report or the network knows it.
         container: "int8" or "int4".
 
     Returns:
@@ -73,9 +73,24 @@ def export_onnx(
     import_extra("onnx")
     path = Path(path)
     check_writable(path, "path")
+    image_shape = _known_shape(model) if image_shape is None else image_shape
     simulation = integer_network(model, image_shape)
     write_onnx(integer_model(simulation, shapes_of(simulation, image_shape), container), path)
     return path
+
+
+def _known_shape(model: Quantized | nn.Module) -> ImageShape:
+    """The shape of the images that a report or a network was made for."""
+    if not isinstance(model, nn.Module) and isinstance(getattr(model, "images", None), Tensor) and len(model.images):
+        channels, height, width = model.images.shape[1:]
+        return channels, height, width
+    network: Any = network_of(model)
+    meta = getattr(network, "meta", {})
+    shape = meta.get("image_shape") or ((meta.get("saved") or {}).get("settings") or {}).get("image_shape")
+    if shape is None:
+        raise InputError("image_shape is not known of this network; give (channels, height, width)")
+    channels, height, width = shape
+    return channels, height, width
 
 
 def check_exportable(model: nn.Module, spec: QuantSpec, image_shape: ImageShape) -> None:

@@ -20,7 +20,7 @@ from dfqlib.deploy.onnx import Quantized, import_extra, integer_network, network
 from dfqlib.deploy.onnx.operators import float_model
 from dfqlib.deploy.onnx.writer import INPUT
 from dfqlib.errors import InputError
-from dfqlib.network.inference import predict
+from dfqlib.network.inference import Batches, as_images, predict
 from dfqlib.quantizer.plain import float_network
 from dfqlib.training.machine import processor
 
@@ -111,7 +111,7 @@ class ExportCheck:
 
 
 def verify_export(
-    report: Quantized | nn.Module, path: str | os.PathLike[str], images: Tensor, labels: Tensor | None = None
+    report: Quantized | nn.Module, path: str | os.PathLike[str], images: Tensor | Batches, labels: Tensor | None = None
 ) -> ExportCheck:
     """Run an exported file beside the network it came from.
 
@@ -123,7 +123,7 @@ def verify_export(
     Args:
         report: what was given to ``export_onnx``.
         path: the file that it wrote.
-        images: (N, C, H, W), normalized.
+        images: (N, C, H, W), normalized, or a loader of (images, labels).
         labels: (N,), for accuracies.
 
     Raises:
@@ -132,6 +132,9 @@ def verify_export(
 
     Taught in notebook 10.
     """
+    if not isinstance(images, Tensor):
+        pairs = list(images)
+        images, labels = as_images(pairs), torch.cat([each for _, each in pairs])
     if images.ndim != 4 or len(images) == 0 or (labels is not None and len(labels) != len(images)):
         raise InputError(
             f"images={tuple(images.shape)} and labels={None if labels is None else tuple(labels.shape)} must be "
