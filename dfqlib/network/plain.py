@@ -107,6 +107,8 @@ def _can_be_copied(value: Any, memo: dict[int, Any]) -> bool:
 
 def _compute_weights_once(module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
+        kind = type(module)  # made for the original, with the weights as its properties: the copy needs one of its own
+        module.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
         for name in list(module.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     for hook in list(module._forward_pre_hooks.values()):
