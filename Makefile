@@ -73,6 +73,7 @@ test: $(MORE_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/$(PYTEST) --nbval tests notebooks
 	@[ "$$(uname -m)" != x86_64 ] || echo "The lessons once more, as an x86 processor without AVX-512, bfloat16 and VNNI computes them"
 	[ "$$(uname -m)" != x86_64 ] || $(OLDER) $(BIN)/$(PYTEST) --nbval notebooks

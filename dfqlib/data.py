@@ -226,8 +226,11 @@ def _require_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
 
 def _digits(split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """scikit-learn's 1,797 digits at 16x16, stratified into 1,297 and 500, the same everywhere."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise InputError('dataset="digits" needs scikit-learn; pip install "dfqlib[notebooks]"') from error
 
     bunch: Any = load_digits()
     parts = train_test_split(

@@ -112,11 +112,11 @@ def _compute_weights_once(module: nn.Module) -> None:
         for name in list(module.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     for hook in list(module._forward_pre_hooks.values()):
-        kind = type(hook).__name__
+        hook_kind = type(hook).__name__
         if isinstance(hook, prune.BasePruningMethod):
             prune.remove(module, hook._tensor_name)
-        elif kind in _REMOVERS and type(hook).__module__.startswith("torch."):
-            _REMOVERS[kind](module, hook.name)  # type: ignore[attr-defined]
+        elif hook_kind in _REMOVERS and type(hook).__module__.startswith("torch."):
+            _REMOVERS[hook_kind](module, hook.name)  # type: ignore[attr-defined]
 
 
 def _refuse_hooks(name: str, module: nn.Module) -> None:

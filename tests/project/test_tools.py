@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import importlib
 import io
@@ -202,38 +201,15 @@ def test_stale_cells_are_named_with_what_differs(kept):
     notebook, check = kept
     cells = notebook.cells[1:]
     cells[1].outputs[0].text = "width w2a2\n"
-    cells[3].outputs[0].data["image/png"] = blank_picture()
+    cells[3].outputs[0].data["image/png"] = "another"  # of another processor, perhaps
     cells[4].outputs = []
     done = check()
     assert done.code == 1
     assert done.out.splitlines()[0].startswith("STALE lesson")
     assert done.out.splitlines()[1:] == [
         "  cell [2], \"print('width', bits)\": text: 'width w2a2' kept, 'width w4a4' made",
-        "  cell [4], 'import matplotlib.pyplot as plt': another picture",
         "  cell [5], 'print(time.perf_counter())': another kind of output: [] kept, ['stdout'] made",
     ]
-
-
-def blank_picture() -> str:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.new("RGB", (640, 480), "white").save(file, "png")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def test_a_moved_last_digit_leaves_a_picture_alike():
-    from PIL import Image
-
-    compare = importlib.import_module("_compare")
-    pictures = []
-    for level in (0, 40):
-        file, image = io.BytesIO(), Image.new("L", (100, 100), 255)
-        image.paste(level, (10, 10, 60, 60))
-        image.save(file, "png")
-        pictures.append(base64.b64encode(file.getvalue()).decode())
-    assert compare.alike(*pictures)
-    assert not compare.alike(pictures[0], blank_picture())
 
 
 def test_notebooks_are_refreshed_side_by_side(tmp_path):
