@@ -13,7 +13,7 @@ from dfqlib.errors import InputError
 from dfqlib.generators import ConditionalGenerator, UnconditionalGenerator
 from dfqlib.recipes import base, express
 from dfqlib.spec import QuantSpec
-from dfqlib.training import Session, distillation
+from dfqlib.training import Session, Task, distillation
 from dfqlib.training.augment import shift_and_flip
 
 SHAPE = (1, 16, 16)
@@ -141,7 +141,7 @@ def test_express_settings_are_checked(change: dict[str, float], message: str) ->
 
 def test_fine_tuning_leaves_batchnorm_statistics_and_moves_steps(teacher: nn.Module) -> None:
     frozen, classes = base.prepare_teacher(teacher, SHAPE, torch.device("cpu"))
-    task = base.Task(frozen, SHAPE, classes, Session(0, False))
+    task = Task(frozen, SHAPE, classes, Session(0, False))
     outcome = express.quantize(task, QuantSpec(2, 2), express.Settings(images=20, synthesis_steps=5, steps=5, batch=8))
     assert outcome.calibrated is not None
     statistics = {k: v for k, v in teacher.state_dict().items() if "running" in k}

@@ -66,7 +66,7 @@ def quantize(options: argparse.Namespace) -> int:
         torch.set_num_threads(_usable_threads(options.threads))
     subject = load_subject(options)
     subject.model.to(recipes.usable_device(options.device, subject.model))
-    as_integers = options.output.suffix == ".onnx"
+    as_integers = options.output.suffix.lower() == ".onnx"
     if as_integers:
         check_exportable(subject.model, spec, subject.image_shape)
     reference = None
@@ -82,7 +82,7 @@ def quantize(options: argparse.Namespace) -> int:
         subject.model, subject.image_shape, spec, recipe=options.recipe, budget=options.budget, seed=options.seed,
         progress=not options.quiet, resume=options.resume, **settings,
     )  # fmt: skip
-    narrowed = ""
+    narrowed, covered = "", report.coverage()
     if as_integers:
         export_onnx(report, options.output, subject.image_shape, options.container)
         narrowed = _narrowed(report.model)
@@ -101,6 +101,7 @@ def quantize(options: argparse.Namespace) -> int:
         f"skip {spec.skip}; {options.recipe} ({options.budget}), seed {options.seed}\n"
     )
     print(summary(report, subject.model, reference, options.evaluate))
+    print(f"\n{covered}")
     reader = "an integer network for ONNX Runtime" if as_integers else "read it with dfqlib.load_quantized"
     print(f"\nwritten: {options.output} ({options.output.stat().st_size / 1e6:.2f} MB; {reader}){narrowed}")
     return 0
@@ -221,7 +222,8 @@ def summary(report: Report, teacher: nn.Module, reference: _Reference | None, da
         figures = [f"{agreement(model, teacher, report.images):.1f}"] if reference is None else reference.figures(model)
         rows.append([name, *figures, f"{report.seconds:.1f}" if model is report.model else ""])
     if reference is None:
-        images = f"the {len(report.images):,} synthetic images; --evaluate compares on real ones"
+        origin = "given" if isinstance(report.settings.get("images"), str) else "synthetic"
+        images = f"the {len(report.images):,} {origin} images; --evaluate compares on real ones"
         return f"{_table(rows)}\n\nagreement: same class as FP32, on {images}"
     rows[1] += [reference.figures()[0], "", "", ""]
     return (

@@ -218,7 +218,9 @@ def _floats(text: str) -> tuple[float, ...]:
 
 def _names(text: str) -> tuple[str, ...]:
     try:
-        names = text.split(",") if "," in text else Path(text).read_text().splitlines()
+        names = text.split(",") if "," in text else Path(text).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f'"{text}" is no text in UTF-8; save it so') from None
     except OSError as error:
         message = f'"{text}" is neither names with commas nor a file that can be read ({error.strerror})'
         raise argparse.ArgumentTypeError(message) from None

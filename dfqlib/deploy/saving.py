@@ -63,8 +63,6 @@ def save_quantized(
     path = Path(path)
     check_writable(path, "path")
     model, settings = (network, {}) if isinstance(network, nn.Module) else (network.model, network.settings)
-    if not isinstance(network, nn.Module):
-        model = _with_ranges_of_sums(model, getattr(network, "images", None))
     meta = getattr(model, "meta", {})
     spec, changes = meta.get("spec"), dict(meta.get("changes", {}))
     if not isinstance(spec, QuantSpec):
@@ -88,23 +86,25 @@ def save_quantized(
         "classes": None if classes is None else list(classes),
         "settings": {name: _plain(value) for name, value in settings.items()},
         "state_dict": weights,
+        "sums": _ranges_of_sums(network),
     }
     with written_whole(path) as temporary:
         torch.save(content, temporary)
     return path
 
 
-def _with_ranges_of_sums(model: nn.Module, images: Tensor | None) -> nn.Module:
-    """A copy with the ranges that an exported file needs, so that it is the same file before and after."""
-    prepared = copy.deepcopy(model)
+def _ranges_of_sums(network: Run | nn.Module) -> dict[str, Tensor]:
+    """What an exported file needs beside the network: an export from the saved file is then the same file."""
+    images = getattr(network, "images", None)
+    if isinstance(network, nn.Module) or not isinstance(images, Tensor) or not len(images):
+        return dict(getattr(network, "meta", {}).get("sums", {}))
+    prepared = copy.deepcopy(network.model)
+    before = set(prepared.state_dict())
     try:
-        if images is not None and len(images):
-            place = next(prepared.parameters()).device
-            integer.prepare(prepared, images.to(place))
-            return prepared
+        integer.prepare(prepared, images.to(next(prepared.parameters()).device))
     except InputError:  # it has no integer form, and needs no such ranges
-        pass
-    return model
+        return {}
+    return {name: value.detach().cpu() for name, value in prepared.state_dict().items() if name not in before}
 
 
 def load_quantized(path: str | PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -131,13 +131,17 @@ def load_quantized(path: str | PathLike[str], model: nn.Module | None = None) ->
     spec, weights = _parts(content, what)
     if model is None:
         if content["arch"] is None:
-            raise InputError(f"{what} is of an architecture of your own; pass model= with a network of it")
+            raise InputError(
+                f"{what} is of an architecture of your own; pass model= with a network of it (on the command line: "
+                "--arch module:callable)"
+            )
         model = models.info(content["arch"]).build()
     network = _rebuilt(model, content.get("changes", {}), spec, weights).cpu()
     require_fit(weights, network.state_dict(), what, type(model).__name__)
     # Taking the tensors as they are keeps their memory layout too, on which the last bit of a convolution depends.
     network.load_state_dict(weights, assign=True)
     set_mode(network, "quantize")
+    network.meta["sums"] = dict(content.get("sums", {}))
     network.meta["saved"] = {name: content.get(name) for name in ("arch", "mean", "std", "classes", "settings")}
     return network.eval().requires_grad_(False)
 

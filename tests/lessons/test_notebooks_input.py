@@ -78,7 +78,8 @@ def start(path: Path, cells: int, **changes: Any) -> None:
 
 @pytest.mark.parametrize("path", EVERY)
 def test_without_the_package_it_says_what_to_install(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "dfqlib", None)
+    for name in ["dfqlib", *(name for name in sys.modules if name.startswith("dfqlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"needs the dfqlib package .*: run `pip install -e .*`") as raised:
         start(path, 2)
     assert "\n" not in str(raised.value)

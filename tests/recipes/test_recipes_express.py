@@ -14,7 +14,7 @@ from dfqlib.errors import InputError
 from dfqlib.network.inference import predict
 from dfqlib.recipes import express, real
 from dfqlib.recipes.base import Report
-from dfqlib.training import additions, distillation
+from dfqlib.training import additions, augment, distillation
 from dfqlib.training.task import Task, calibrated_student
 
 SHAPE = (1, 16, 16)
@@ -291,7 +291,7 @@ def test_adaptable_images_have_the_wanted_disagreement(teacher: nn.Module, task:
 def test_a_blur_is_the_gaussian_that_wraps_around() -> None:
     point = torch.zeros(1, 1, 16, 16)
     point[..., 0, 0] = 1.0
-    blurred = additions.low_pass(point, 1.0)
+    blurred = augment.low_pass(point, 1.0)
     distance = torch.minimum(torch.arange(16), 16 - torch.arange(16)).float()
     bell = torch.exp(-0.5 * distance.square())
     bell = bell / bell.sum()
@@ -301,25 +301,25 @@ def test_a_blur_is_the_gaussian_that_wraps_around() -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 9, 12), (1, 1, 1, 1)])
 def test_a_blur_keeps_the_mean_and_commutes_with_shift_and_flip(shape: tuple[int, ...]) -> None:
     images = torch.randn(*shape)
-    blurred = additions.low_pass(images, 0.7)
+    blurred = augment.low_pass(images, 0.7)
     assert blurred.shape == images.shape
     torch.testing.assert_close(blurred.mean((2, 3)), images.mean((2, 3)))
     moved = images.roll((1, 2), (2, 3)).flip(3)
-    torch.testing.assert_close(additions.low_pass(moved, 0.7), blurred.roll((1, 2), (2, 3)).flip(3))
-    torch.testing.assert_close(additions.low_pass(images, 0.0), images)
+    torch.testing.assert_close(augment.low_pass(moved, 0.7), blurred.roll((1, 2), (2, 3)).flip(3))
+    torch.testing.assert_close(augment.low_pass(images, 0.0), images)
 
 
 def test_a_blur_is_synqs_filter() -> None:
     """exp(-D^2 / (2 D0^2)) of a wave with D periods in an image."""
     waves, cutoff = 5, 20.0
     wave = torch.cos(2 * math.pi * waves * torch.arange(32) / 32).repeat(1, 1, 32, 1)
-    blurred = additions.low_pass(wave, 32 / (2 * math.pi * cutoff))
+    blurred = augment.low_pass(wave, 32 / (2 * math.pi * cutoff))
     torch.testing.assert_close(blurred, wave * math.exp(-(waves**2) / (2 * cutoff**2)))
 
 
 def test_calibration_and_fine_tuning_see_the_blurred_images(plain: Report, teacher: nn.Module) -> None:
     report = run(teacher, low_pass=0.5)
-    torch.testing.assert_close(report.images, additions.low_pass(plain.images, 0.5))
+    torch.testing.assert_close(report.images, augment.low_pass(plain.images, 0.5))
     steps = [
         {name: q.step for name, q in quantizer.quantizers(r.calibrated)}  # type: ignore[arg-type]
         for r in (report, plain)

@@ -111,7 +111,7 @@ def test_a_checkpoint_of_other_images_is_refused(teacher: nn.Module, photos: Ten
     settings = {**TINY["real"], "checkpoint": tmp_path / "run.pt"}
     first = run(teacher, "real", images=photos[:8], **settings)
     assert same(first.model, run(teacher, "real", images=photos[:8].clone(), **settings).model)
-    with pytest.raises(InputError, match=r"is of a run with images=8x1x16x16 .*, now images=8x1x16x16 "):
+    with pytest.raises(InputError, match=r"is of a run with images='8x1x16x16 .*, now images='8x1x16x16 "):
         run(teacher, "real", images=photos[8:16], **settings)
 
 

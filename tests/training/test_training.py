@@ -300,7 +300,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     dfqlib.quantize(teacher, (1, 16, 16), **tiny)
     with torch.no_grad():
         next(teacher.parameters()).mul_(1.01)
-    with pytest.raises(InputError, match=r"run with model=ResNet8 \w{12}, now model=ResNet8 \w{12};"):
+    with pytest.raises(InputError, match=r"run with model='ResNet8 \w{12}', now model='ResNet8 \w{12}';"):
         dfqlib.quantize(teacher, (1, 16, 16), **tiny)
 
 

@@ -9,6 +9,7 @@ Taught in notebook 10.
 """
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +20,7 @@ from dfqlib.deploy.integer.lowering import PREFIX, Lowering
 from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.quantizer import AffineQuantizer, StepQuantizer, quantizers
 
-__all__ = ["PREFIX", "attach", "narrowed", "prepare", "prepare_from_noise", "settle", "simulate"]
+__all__ = ["PREFIX", "attach", "narrowed", "prepare", "prepare_from_noise", "prepare_from_saved", "settle", "simulate"]
 
 MARGIN = 1.5
 """How far beyond noise's own range a grid reaches when there are no images: real activations have longer tails."""
@@ -108,6 +109,16 @@ def narrowed(network: nn.Module) -> dict[str, int]:
     layers = Lowering(_checked(network)).lower().modules()
     counts = {layer.name: int(layer.narrowed.sum()) for layer in layers if isinstance(layer, IntegerLayer)}
     return {name: count for name, count in counts.items() if count}
+
+
+@torch.no_grad()
+def prepare_from_saved(network: nn.Module, steps: Mapping[str, Tensor]) -> None:
+    """``prepare`` with the step sizes that were found before, by their names in the state of a prepared network."""
+    attach(network)
+    for name, grid in quantizers(network):
+        if isinstance(grid, StepQuantizer) and f"{name}.step" in steps:
+            grid.step.copy_(steps[f"{name}.step"])
+            grid.mode = "quantize"
 
 
 @torch.no_grad()
