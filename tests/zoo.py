@@ -411,6 +411,96 @@ def names_that_collide() -> nn.Module:
     return Net(forward, **layers)
 
 
+# What forwards do beside calling layers
+class Blur(nn.Module):
+    """A fixed kernel in a buffer."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        line = torch.tensor([1.0, 2.0, 1.0])
+        self.register_buffer("kernel", (line[:, None] * line / 16).expand(8, 1, 3, 3).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel, stride=2, padding=1, groups=8)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class ByFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubled.apply(x)
+
+
+@entry
+def kernel_in_a_buffer() -> nn.Module:
+    return sequential(Blur(), block(8, 8))
+
+
+@entry
+def function_of_autograd() -> nn.Module:
+    return sequential(ByFunction(), block(8, 8))
+
+
+@entry
+def overwrites_its_input() -> nn.Module:
+    return Net(lambda m, x: m.b(x.mul_(0.5)), b=sequential())
+
+
+@entry
+def names_of_any_kind() -> nn.Module:
+    names = {"my layer": block(3, 8), "ünï": block(8, 8), "store_x": conv(8, 8), "0": head()}
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for name in names:
+            x = m.get_submodule(name)(x)
+        return x
+
+    return Net(forward, **names)
+
+
+@entry
+def assertion() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        assert x.isfinite().all()
+        return m.b(x)
+
+    return Net(forward, b=sequential())
+
+
+@entry
+def difference_of_relus() -> nn.Module:
+    layers = {"a": block(3, 8), "b": block(3, 8), "c": block(8, 8), "head": head()}
+    return Net(lambda m, x: m.head(m.c(m.a(x) - m.b(x))), **layers)
+
+
+@entry
+def sum_with_a_negative_factor() -> nn.Module:
+    layers = {"a": block(3, 8), "b": block(3, 8), "c": block(8, 8), "head": head()}
+    return Net(lambda m, x: m.head(m.c(torch.add(m.a(x), m.b(x), alpha=-1))), **layers)
+
+
+@entry
+def clamped() -> nn.Module:
+    act = {"a": block(3, 8, nn.Identity()), "b": block(8, 8, nn.Identity()), "c": block(8, 8), "head": head()}
+    return Net(lambda m, x: m.head(m.c(torch.clamp(m.b(m.a(x).clamp(min=0, max=6)), -1, 1))), **act)
+
+
+@entry
+def squared_and_added_to_itself() -> nn.Module:
+    return Net(lambda m, x: m.head(m.b((y := m.a(x)) * y + sum([y, y]))), a=block(3, 8), b=block(8, 8), head=head())
+
+
+@entry
+def normalizes_by_itself() -> nn.Module:
+    return Net(lambda m, x: m.b((x - 0.5) / 0.25), b=sequential())
+
+
 # torchvision's families, thin
 def _torchvision(name: str, shape: tuple[int, int, int], build: Callable[[Any], nn.Module]) -> None:
     ZOO[name] = lambda: build(import_torchvision().models)

@@ -155,7 +155,7 @@ def _rebuilt(
     network = quantize_layers(folding.rebuild(model, changes), spec)
     network.meta["changes"] = dict(changes)
     set_mode(network, "quantize")
-    if any(name.startswith(integer.PREFIX) for name in weights):
+    if weights.keys() - network.state_dict().keys():  # the grids of integer.prepare
         integer.attach(network)
     return network
 

@@ -44,6 +44,7 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.opaque: list[str] = []
+        self.reasons: dict[str, str] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kind = kind_of(m)  # a subclass that computes what its base does is that base
@@ -65,7 +66,8 @@ class _Tracer(fx.Tracer):
         last, opaque = next(iter(reversed(self.graph.nodes))), len(self.opaque)
         try:
             return super().call_module(m, forward, args, kwargs)
-        except Exception:  # whatever a forward may raise when its tensors have no values
+        except Exception as error:  # whatever a forward may raise when its tensors have no values
+            self.reasons[name] = _first_line(error)
             for node in reversed(list(self.graph.nodes)):
                 if node is last:
                     break
@@ -99,14 +101,20 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, list[str]]:
     try:
         tracer = _Tracer()
         nodes = tracer.trace(copied)
-    except Exception:  # as in call_module: the network's own forward needs values
+    except Exception as error:  # as in call_module: the network's own forward needs values
         tracer, copied = _Tracer(), _Whole(copied)
         nodes = tracer.trace(copied)
+        tracer.reasons.setdefault("network", _first_line(error))
     use_positions(copied, nodes)
     make_layers(copied, nodes)
     traced = fx.GraphModule(copied, nodes, type(model).__name__)
     write_out_of_place(traced)
+    traced.meta["opaque"] = {name: tracer.reasons.get(name, "") for name in tracer.opaque}
     return traced.eval(), tracer.opaque
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class Interpreter(fx.Interpreter):

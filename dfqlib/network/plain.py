@@ -6,6 +6,7 @@ What can be made plain exactly is made plain on the copy; the rest is refused by
 """
 
 import copy
+import keyword
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,9 +55,11 @@ def plain(model: nn.Module) -> nn.Module:
         if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             raise InputError(f'model: "{name}" has no weights yet (a lazy layer); run the model on an image first')
         if "forward" in vars(module) and not isinstance(module, torch.fx.GraphModule):
-            raise InputError(
-                f'model: the forward of "{name}" was replaced on the object; write a class with that forward'
-            )
+            what = f'of "{name}" ' if name else ""
+            raise InputError(f"model: the forward {what}was replaced on the object; write a class with that forward")
+        words = [part for part in name.split(".") if keyword.iskeyword(part)]
+        if words:
+            raise InputError(f'model: its layer "{name}" is called like a word of Python, {words[0]}; rename it')
     copied = _copied(model)
     for name, module in copied.named_modules():
         _compute_weights_once(module)

@@ -170,12 +170,15 @@ def write_out_of_place(traced: fx.GraphModule) -> None:
     for node in overwriting:
         modules[node].inplace = False  # type: ignore[assignment]
     earlier: set[fx.Node] = set()
-    for node in traced.graph.nodes:
-        earlier.add(node)
-        target = _out_of_place(node)
+    for given in list(traced.graph.nodes):
+        node, target = given, _out_of_place(given)
         in_place = node in overwriting or target is not None or bool(node.kwargs.get("inplace"))
-        if target is not None:
-            node.target = target
+        if target is not None:  # a new node, which is called after what it does now
+            with traced.graph.inserting_after(given):
+                node = traced.graph.create_node(given.op, target, given.args, given.kwargs)
+            given.replace_all_uses_with(node)
+            traced.graph.erase_node(given)
+        earlier.add(node)
         if in_place and isinstance(node.args[0], fx.Node):
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
             for user in list(node.args[0].users):

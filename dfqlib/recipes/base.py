@@ -170,7 +170,7 @@ def prepare_teacher(model: nn.Module, image_shape: ImageShape, device: torch.dev
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images = torch.randn(2, *image_shape)
-    logits = predict(teacher, images)
+    logits = predict(teacher, images.clone())  # a network may overwrite what it is given
     if not bool(torch.isfinite(logits).all()):
         raise NonFiniteError("model: its logits on Gaussian images are NaN or infinite; load a sound checkpoint")
     if logits.shape[1] < 2:
@@ -178,13 +178,14 @@ def prepare_teacher(model: nn.Module, image_shape: ImageShape, device: torch.dev
             "model has one logit, and a classifier needs one per class: give it two, for example "
             "torch.cat([-z, z], 1) for a logit z"
         )
-    if not torch.allclose(predict(teacher, images), logits, rtol=1e-3, atol=1e-4 * (1 + float(logits.abs().max()))):
+    rounding = 1e-4 * (1 + float(logits.abs().max()))
+    if not torch.allclose(predict(teacher, images.clone()), logits, rtol=1e-3, atol=rounding):
         raise InputError(
             "model: its logits differ from call to call in eval mode, so something random is left on; for example "
             "F.dropout needs training=self.training"
         )
     traced = predict(graph.trace(teacher)[0], images)
-    if not torch.allclose(traced, logits, rtol=1e-3, atol=1e-4 * (1 + float(logits.abs().max()))):
+    if not torch.allclose(traced, logits, rtol=1e-3, atol=rounding):
         raise InputError(
             "model: its traced graph computes something else, so it depends on values or changes tensors in place "
             "(x[:, 0] = ...); write those lines out of place"

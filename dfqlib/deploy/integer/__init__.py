@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfqlib.deploy.integer.layer import IntegerLayer
-from dfqlib.deploy.integer.lowering import PREFIX, Lowering
+from dfqlib.deploy.integer.lowering import PREFIX, Lowering, prefix_in
 from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.quantizer import AffineQuantizer, StepQuantizer, quantizers
 
@@ -152,7 +152,7 @@ def attach(network: nn.Module) -> list[StepQuantizer]:
     lowering.lower()
     there = {str(node.target) for node in checked.graph.nodes if node.op == "call_module"}
     for node in list(checked.graph.nodes):
-        name = f"{PREFIX}{node.name}"
+        name = f"{lowering.prefix}{node.name}"
         if name in lowering.stores and name not in there:
             checked.add_submodule(name, lowering.stores[name])
             with checked.graph.inserting_after(node):
@@ -163,7 +163,7 @@ def attach(network: nn.Module) -> list[StepQuantizer]:
 
 
 def _checked(network: nn.Module) -> fx.GraphModule:
-    found = dict(quantizers(network))
+    found, prefix = dict(quantizers(network)), prefix_in(network)
     if not isinstance(network, fx.GraphModule) or not found:
         raise InputError(f"model={type(network).__name__} has no quantizers; give what dfqlib.quantize returned")
     for name, quantizer in found.items():
@@ -171,7 +171,7 @@ def _checked(network: nn.Module) -> fx.GraphModule:
             raise InputError(
                 f'{name} is affine, which has no integer form here; quantize with QuantSpec(scheme="symmetric")'
             )
-        if quantizer.mode != "quantize" and not name.startswith(PREFIX):
+        if quantizer.mode != "quantize" and not name.startswith(prefix):
             raise InputError(f"{name} is not calibrated; call quantizer.calibrate(network, images) first")
         if quantizer.bits > 8:
             raise InputError(f"{name} has {quantizer.bits} bits, but integer files carry at most 8; quantize to 8 bits")

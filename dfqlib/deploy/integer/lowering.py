@@ -33,6 +33,14 @@ LOGITS = ""
 """Stands for floating point among the names of grids."""
 
 
+def prefix_in(network: nn.Module) -> str:
+    """What the names of grids begin with that only integers need: nothing else in the network begins so."""
+    prefix = PREFIX
+    while any(name.startswith(prefix) and not isinstance(m, StepQuantizer) for name, m in network.named_children()):
+        prefix += "_"
+    return prefix
+
+
 class Lowering:
     """One pass over a fake-quantized graph; ``lower`` writes the integer graph beside it.
 
@@ -49,6 +57,7 @@ class Lowering:
         self.values: dict[fx.Node, tuple[fx.Node, str]] = {}
         self.sizes: dict[fx.Node, fx.Node] = {}
         self.stores: dict[str, StepQuantizer] = {}
+        self.prefix = prefix_in(network)
         self.asked: dict[fx.Node, str] = {}
         unsigned = graph.non_negative(without_quantizers(network).graph)
         self.unsigned = {node.name for node in unsigned}
@@ -198,7 +207,7 @@ class Lowering:
             raise InputError(f"{node} is a constant inside the network, which has no integer form; make it a layer")
         value, grid = self.values[node]
         if grid == LOGITS:
-            wanted = wanted or PREFIX + node.name
+            wanted = wanted or self.prefix + node.name
             return self._call(f"{node.name}_codes", Quantize(self.grid(wanted)), value), wanted
         if wanted in (None, grid):
             return value, grid
@@ -211,7 +220,7 @@ class Lowering:
 
     def _stored(self, node: fx.Node) -> str:
         """The grid of ``node``'s codes."""
-        return self._asked(node) or PREFIX + node.name
+        return self._asked(node) or self.prefix + node.name
 
     def _asked(self, node: fx.Node) -> str:
         """The one grid that all readers want ``node`` on, else one of its own; LOGITS when it is the output."""
@@ -229,15 +238,17 @@ class Lowering:
                 asked.add(str(user.target))
             elif kind in kinds.KEEPS and not self._is_size(user):
                 keeps = self._asked(user)
-                asked.add(keeps if keeps != LOGITS or kind in kinds.VIEWS else PREFIX + user.name)
+                asked.add(keeps if keeps != LOGITS or kind in kinds.VIEWS else self.prefix + user.name)
             elif not self._is_size(user):
-                asked.add(PREFIX + node.name)
-        return asked.pop() if len(asked) == 1 else PREFIX + node.name
+                asked.add(self.prefix + node.name)
+        return asked.pop() if len(asked) == 1 else self.prefix + node.name
 
     def grid(self, name: str) -> StepQuantizer:
         """The quantizer of that name, made (for the caller to insert) where the network has none."""
-        if name.startswith(PREFIX) and name not in self.stores:
-            self.stores[name] = getattr(self.network, name, None) or self._new_grid(name.removeprefix(PREFIX))
+        if name.startswith(self.prefix) and name not in self.stores:
+            there = getattr(self.network, name, None)
+            known = isinstance(there, StepQuantizer)
+            self.stores[name] = there if known else self._new_grid(name.removeprefix(self.prefix))  # type: ignore[assignment]
         found = self.stores[name] if name in self.stores else self.network.get_submodule(name)
         assert isinstance(found, StepQuantizer)
         return found
@@ -284,6 +295,13 @@ def _name(node: fx.Node) -> str:
 
 def _no_integer_form(node: fx.Node) -> InputError:
     kind = graph.operation(node)
+    root = node.graph.owning_module
+    reason = getattr(root, "meta", {}).get("opaque", {}).get(str(node.target))
+    if reason is not None:
+        return InputError(
+            f"{_name(node)} cannot be traced ({reason}), so it has no integer form; write its forward without "
+            "decisions about values, or keep the fake-quantized network"
+        )
     called = getattr(kind, "__name__", str(kind)) if kind is not None else f'the constant "{node.target}"'
     return InputError(
         f"{_name(node)} ({called}) has no integer form; replace it by convolutions, linear layers, sums, pooling and "

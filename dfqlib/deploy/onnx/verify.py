@@ -42,6 +42,9 @@ class ExportCheck:
     The file runs as it does for anyone who opens it, in a *default* session, and beside it in an *exact* one, whose
     kernels cannot saturate. A file of ``export_onnx`` answers the same in both, on every processor.
 
+    Four networks answer: the original, the fake-quantized one that was made of it, the integer simulation of that, and
+    the file. A loss shows between the two where it arises.
+
     Attributes:
         images: how many images the networks saw.
         agreement: share of them on which file and integer simulation choose the same class, in percent.
@@ -49,6 +52,9 @@ class ExportCheck:
         exact_agreement: the same share in the exact session.
         exact_largest_difference: the same difference in the exact session.
         model_agreement: share on which the file chooses the class of the fake-quantized network.
+        simulation_agreement: share on which the integer simulation chooses the class of the fake-quantized network.
+        original_agreement: share on which the fake-quantized network chooses the class of the original; None where the
+            original is not known.
         file_top1: accuracy of the file in percent; None without labels, as for the next three.
         exact_top1: accuracy of the file in the exact session.
         simulation_top1: accuracy of the integer simulation.
@@ -66,6 +72,8 @@ class ExportCheck:
     exact_agreement: float
     exact_largest_difference: float
     model_agreement: float
+    simulation_agreement: float
+    original_agreement: float | None
     file_top1: float | None
     exact_top1: float | None
     simulation_top1: float | None
@@ -86,6 +94,14 @@ class ExportCheck:
         """How many times faster than ``engine`` the file runs."""
         return self.milliseconds[engine][batch] / self.milliseconds[INTEGER_FILE][batch]
 
+    def _steps(self) -> str:
+        steps = {
+            "original → fake-quantized": self.original_agreement,
+            "fake-quantized → simulation": self.simulation_agreement,
+        }
+        steps["simulation → file"] = self.agreement
+        return ", ".join(f"{name} {share:.1f} %" for name, share in steps.items() if share is not None)
+
     def __str__(self) -> str:
         named = [kind for kind in ("QLinearConv", "QGemm", "ConvInteger") if kind in self.operations]
         kernels = ", ".join(f"{self.operations[kind]} {kind}" for kind in named)
@@ -94,7 +110,7 @@ class ExportCheck:
             f"logits differ by at most {self.largest_difference:.2g}",
             f"the same with ONNX Runtime's exact kernels ({EXACT}): {self.exact_agreement:.2f} %, "
             f"{self.exact_largest_difference:.2g}",
-            f"agreement with the fake-quantized network: {self.model_agreement:.2f} %",
+            f"agreement with the fake-quantized network: {self.model_agreement:.2f} %, step by step: {self._steps()}",
             f"size: {self.file_bytes / 1e3:,.0f} kB"
             + (f", {self.float_bytes / self.file_bytes:.1f} times smaller than FP32" if self.float_bytes else ""),
             f"every layer runs in integers: {'yes' if self.all_integer else 'no'} ({kernels})",
@@ -154,7 +170,7 @@ def verify_export(
     expected = predict(simulation, images)
     if found.shape != expected.shape:
         raise InputError(f"path={path} returns logits of shape {tuple(found.shape)}; give the file of this network")
-    model = predict(network_of(report), images)
+    model, original = predict(network_of(report), images), getattr(report, "teacher", None)
     return ExportCheck(
         images=len(images),
         agreement=_share(found, expected.argmax(1)),
@@ -162,6 +178,8 @@ def verify_export(
         exact_agreement=_share(exact, expected.argmax(1)),
         exact_largest_difference=float((exact - expected).abs().max()),
         model_agreement=_share(found, model.argmax(1)),
+        simulation_agreement=_share(expected, model.argmax(1)),
+        original_agreement=None if original is None else _share(model, predict(original, images).argmax(1)),
         file_top1=_top1(found, labels),
         exact_top1=_top1(exact, labels),
         simulation_top1=_top1(expected, labels),
