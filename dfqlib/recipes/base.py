@@ -253,6 +253,6 @@ def override(settings: Any, changes: dict[str, Any], recipe: str) -> Any:
     for name in changes:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}=? " if close else ""
-            raise InputError(f'{name}= is no setting of recipe="{recipe}"; {hint}It has {", ".join(known)}')
+            hint = f", did you mean {close[0]}=" if close else ""
+            raise InputError(f'{name}= is no setting of recipe="{recipe}"{hint}; it has {", ".join(known)}')
     return dataclasses.replace(settings, **changes)

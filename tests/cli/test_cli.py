@@ -249,7 +249,7 @@ def refused(dfq: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.Monk
         (["--arch", "resnet1000"], 'arch="resnet1000" is unknown; known are digits_resnet8'),
         (["--recipe", "magic"], 'recipe="magic" is unknown; known are'),
         (["--budget", "huge"], 'budget="huge" is unknown; known are quick, published'),
-        (["--set", "stepz=3"], 'stepz= is no setting of recipe="express"; did you mean steps=? It has images'),
+        (["--set", "stepz=3"], 'stepz= is no setting of recipe="express", did you mean steps=; it has images'),
         (["--set", "steps"], '--set "steps" must be NAME=VALUE'),
         (["--set", "steps=few"], "steps='few' must be a whole number of at least 0"),
         (["--seed", "-1"], "seed=-1 must be a whole number from 0"),

@@ -201,7 +201,7 @@ def test_a_network_that_cannot_be_traced_is_quantized_at_its_layers() -> None:
         ({"budget": "huge"}, 'budget="huge" is unknown; known are quick, published'),
         (
             {"stepz": 3},
-            'stepz= is no setting of recipe="express"; did you mean steps=? It has images',
+            'stepz= is no setting of recipe="express", did you mean steps=; it has images',
         ),
         ({"steps": -1}, "steps=-1 must be a whole number of at least 0"),
         ({"images": 2.5}, "images=2.5 must be a whole number of at least 2"),
