@@ -53,8 +53,9 @@ class _FakeQuantize(torch.autograd.Function):
 def fake_quantize(x: Tensor, step: Tensor | float, qmin: int, qmax: int) -> Tensor:
     """Round to a grid of integer codes and back: ``clamp(round(x / step), qmin, qmax) * step`` (DFQF Eq. 10).
 
-    The rounding passes gradients straight through (ties go to even); everything else is differentiated as
-    written, which gives the step's gradient of DFQF Eq. 11 and cuts x's gradient outside the range.
+    Rounding passes gradients straight through (ties go to even). The gradient of the step is LSQ Eq. 3 (Esser et al.,
+    ICLR 2020): ``round(x / step) - x / step`` inside the range, the code that x is clamped to outside. That of x is 1
+    where ``x / step`` is within the range and 0 outside, so it is cut before x is rounded, as in the released code.
 
     Args:
         x: any shape.

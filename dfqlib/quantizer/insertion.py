@@ -212,7 +212,10 @@ def check_steps(network: nn.Module) -> dict[str, float]:
 
 
 def parameter_groups(network: nn.Module, lr: float, step_lr: float) -> list[dict[str, Any]]:
-    """Optimizer groups: weights at ``lr``; steps and bounds at ``step_lr`` without momentum and decay (DFQF 3.2)."""
+    """Optimizer groups: weights at ``lr``; steps and bounds at ``step_lr``, under SGD without momentum and decay.
+
+    So does DFQF's released code. Adam has moments for both groups.
+    """
     ranges = {id(p) for _, quantizer in quantizers(network) for p in quantizer.parameters()}
     trained = [p for p in network.parameters() if p.requires_grad]
     return [

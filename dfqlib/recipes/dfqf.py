@@ -11,8 +11,9 @@ S minimizes ``KL(T(x) || S(x))`` on the same images (Eq. 2).
 1. *Warm-up.* Algorithm 1 with a tool student: the teacher's architecture with new random weights, thrown away after it.
 2. *Calibration.* Each clip threshold A minimizes the squared error on generated images, but is at least 0.3 max|x|, so
    that fine-tuning starts with room; the step is A / Q_max (Eq. 10).
-3. *Fine-tuning.* S is T quantized; weights and steps (Eq. 11) follow Eq. 2, the steps at a tenth of the learning rate
-   without momentum and decay. G is fixed ("FG" in the tables) or goes on as the adversary of the quantized S.
+3. *Fine-tuning.* S is T quantized; weights and step sizes follow Eq. 2, the step sizes at a tenth of the learning rate
+   without momentum and decay (released code; the paper does not say). G is fixed ("FG" in the tables) or goes on as the
+   adversary of the quantized S.
 
 Where the released code differs: it never implemented the adversary of fine-tuning; the lower bound is 0.5, G's learning
 rate 0.005, an epoch 120 batches, fine-tuning batches 128 images; the student is left in training mode, so that its

@@ -30,7 +30,7 @@ MAX_MEDIAN_LINES = 15
 IGNORE = "nbval-ignore-output"
 KNOWN_TAGS = {"parameters", IGNORE, "raises-exception"}
 SECTIONS = ("You will", "Predict first", "Play", "When it breaks", "Exercises", "Takeaways", "Common confusions")
-EQUATION = re.compile(r"\b(DFQF|GDFQ|DSG|AKD|ZeroQ|DAFL|DFAD),? Eqs?\. ?(\d+)(?:\s?[-–]\s?(\d+))?")
+EQUATION = re.compile(r"\b(DFQF|GDFQ|DSG|AKD|ZeroQ|DAFL|DFAD|LSQ),? Eqs?\. ?(\d+)(?:\s?[-–]\s?(\d+))?")
 
 
 @functools.cache
@@ -169,6 +169,30 @@ def test_papermill_lists_the_parameters_as_they_are_written(path):
     listed = inspect_notebook(str(path))
     assert {name: entry["inferred_type_name"] for name, entry in listed.items()} == written
     assert all(entry["help"] for entry in listed.values())
+
+
+PAPERS = {
+    "DFQF": {
+        1: "label", 2: "student", 5: "inception|balance|Confident|uncertain", 6: "KL|Gaussian", 7: "diverg|statistic",
+        8: "advers", 9: "generator", 10: "step|quantize", 11: "clamp",
+    },
+    "GDFQ": {
+        3: "generator", 4: "label|class", 5: "statistic|BNS|matched", 6: "affine|bound|zero point|bits", 7: "label",
+        8: "distill|KD",
+        9: r"generator|G\b|BNS", 10: "student|Q",
+    },
+    "LSQ": {3: "step"},
+}  # fmt: skip
+"""What the equations are about, copied from the papers: a word beside each citation must say so."""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dfqlib").rglob("*.py")), ids=lambda path: path.stem)
+def test_an_equation_is_cited_for_what_it_says(path):
+    for text in re.split(r"\n\s*\n", path.read_text()):
+        for paper, number in equations(text):
+            if paper in PAPERS:
+                assert number in PAPERS[paper], f"{paper} has no Eq. {number}"
+                assert re.search(PAPERS[paper][number], text, re.IGNORECASE), f"{paper} Eq. {number}: {text}"
 
 
 @pytest.mark.parametrize("path", TAUGHT)
