@@ -178,7 +178,7 @@ PAPERS = {
     },
     "GDFQ": {
         3: "generator", 4: "label|class", 5: "statistic|BNS|matched", 6: "affine|bound|zero point|bits", 7: "label",
-        8: "distill|KD",
+        8: "distill|KD|soft",
         9: r"generator|G\b|BNS", 10: "student|Q",
     },
     "LSQ": {3: "step"},
