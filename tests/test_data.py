@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -281,3 +282,54 @@ def test_toy_boundary_is_curved() -> None:
     inputs = torch.cat([points, torch.ones(4000, 1)], dim=1)
     line = torch.linalg.lstsq(inputs, 2.0 * labels[:, None] - 1).solution
     assert ((inputs @ line)[:, 0] > 0).eq(labels == 1).float().mean() < 0.9
+
+
+# What folders of other people hold
+
+
+def grey_folder(place: Path, image: Any, name: str = "0.png") -> DataLoader[Any]:
+    (place / "a").mkdir(parents=True, exist_ok=True)
+    image.save(place / "a" / name)
+    return data.image_folder(place, (0.0,), (1.0,))
+
+
+def test_images_of_16_bits_are_scaled_to_8(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 8).astype(np.uint16).reshape(2, 4)
+    loader = grey_folder(tmp_path, Image.fromarray(values))
+    images, _ = data.images_and_labels(loader)
+    np.testing.assert_allclose(images[0, 0].numpy(), values / 65535, atol=0.5 / 255)
+
+
+def test_images_of_32_bit_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"0\.tiff.*mode F.*8 or 16 bits"):
+        grey_folder(tmp_path, Image.fromarray(np.ones((2, 2), np.float32)), "0.tiff")
+
+
+def test_a_rotated_photograph_is_read_upright(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 4), np.uint8)
+    pixels[0] = 255  # a white line on top
+    upright = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it turned by 270 degrees
+    (tmp_path / "a").mkdir()
+    upright.rotate(90).save(tmp_path / "a" / "0.png", exif=exif)
+    images, _ = data.images_and_labels(data.image_folder(tmp_path, (0.0,), (1.0,)))
+    np.testing.assert_array_equal(images[0, 0].numpy(), pixels / 255)
+
+
+def test_hidden_folders_and_files_are_left_out(tmp_path: Path) -> None:
+    loader = grey_folder(tmp_path, Image.new("L", (2, 2)))
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "a" / "._0.png").write_bytes(b"no image")
+    again = data.image_folder(tmp_path, (0.0,), (1.0,))
+    assert len(again.dataset) == len(loader.dataset) == 1  # type: ignore[arg-type]
+    assert again.dataset.classes == ("a",)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("mean", "std"), [((128.0,) * 3, (64.0,) * 3), ((0.5,), (58.0,))])
+def test_normalization_of_images_from_0_to_255_is_refused(tmp_path: Path, mean: Any, std: Any) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(InputError, match="0 to 255"):
+        data.image_folder(tmp_path, mean, std)
+    with pytest.raises(InputError, match="one value per channel"):
+        data.image_folder(tmp_path, 0.5, 0.5)  # type: ignore[arg-type]
