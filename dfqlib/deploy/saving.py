@@ -64,6 +64,7 @@ def save_quantized(
     check_writable(path, "path")
     model, settings = (network, {}) if isinstance(network, nn.Module) else (network.model, network.settings)
     meta = getattr(model, "meta", {})
+    settings = settings or dict((meta.get("saved") or {}).get("settings") or {})  # of the file that it was read from
     spec, changes = meta.get("spec"), dict(meta.get("changes", {}))
     if not isinstance(spec, QuantSpec):
         raise InputError(f"network={type(model).__name__} has no quantizers; give what dfqlib.quantize returned")

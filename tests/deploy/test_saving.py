@@ -170,3 +170,23 @@ def test_a_weight_that_is_not_finite_is_named(saved: Path) -> None:
     rewritten(saved, lambda content: content["state_dict"]["0.weight"].view(-1)[:1].fill_(torch.nan))
     with pytest.raises(NonFiniteError, match=r"0\.weight has NaN"):
         load_quantized(saved, small())
+
+
+def test_a_report_gives_the_same_exported_file_before_and_after_it_was_saved(report: Any, tmp_path: Path) -> None:
+    at_once = report.export(tmp_path / "a.onnx").read_bytes()
+    network = load_quantized(report.save(tmp_path / "q.pt", arch="digits_resnet8"))
+    assert dfqlib.export_onnx(network, tmp_path / "b.onnx").read_bytes() == at_once
+    again = load_quantized(save_quantized(network, tmp_path / "q2.pt", arch="digits_resnet8"))
+    assert dfqlib.export_onnx(again, tmp_path / "c.onnx").read_bytes() == at_once
+
+
+def test_a_report_prints_as_a_line_and_summarizes_on_a_screen(report: Any) -> None:
+    assert "\n" not in repr(report)
+    assert len(repr(report)) < 250
+    summary = report.summary()
+    assert "W3A4" in summary
+    assert "layer1.0.conv1 3" in summary
+    assert "100.0 % of" in summary
+    assert len(summary.splitlines()) < 25
+    comparison = report.compare(dfqlib.load_data("digits"))
+    assert comparison.teacher_top1 == 100

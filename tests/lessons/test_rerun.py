@@ -306,3 +306,22 @@ def test_an_error_of_the_runner_itself_is_not_taken_for_a_killed_process() -> No
 
     with pytest.raises(TypeError, match="unsupported operand"):
         list(run_apart(operator.truediv, [1], 1, killed))  # type: ignore[arg-type]
+
+
+def test_a_folder_with_braces_in_its_name_is_a_folder(rerun: Callable[..., Any], tmp_path: Path) -> None:
+    lesson = write_notebook(tmp_path / "lesson.ipynb", "print(rate)")
+    for name in ("run_{rate}", "out{x}"):
+        code, out, _ = rerun(lesson, "--output", tmp_path / name)
+        assert code == 0, out
+        assert sorted(each.name for each in (tmp_path / name).iterdir()) == [
+            "lesson.html", "lesson.ipynb", "lesson.json",
+        ]  # fmt: skip
+
+
+def test_a_place_that_is_taken_is_named_before_anything_runs(rerun: Callable[..., Any], tmp_path: Path) -> None:
+    lesson = write_notebook(tmp_path / "lesson.ipynb", f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "out" / "lesson.json").mkdir(parents=True)
+    code, _, err = rerun(lesson, "--output", tmp_path / "out")
+    assert code == 2
+    assert "lesson.json is a folder" in err
+    assert not (tmp_path / "ran").exists()
