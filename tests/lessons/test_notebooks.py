@@ -127,6 +127,13 @@ def test_was_run_from_top_to_bottom_without_an_error(path):
 
 
 @pytest.mark.parametrize("path", EVERY)
+def test_makes_its_claims_at_its_own_parameters(path):
+    # A lesson that takes its defaults for somebody else's parameters asserts nothing.
+    texts = [output.get("text", "") for cell in code_cells(path) for output in cell.outputs]
+    assert not [text for text in texts if "not the default parameters" in text]
+
+
+@pytest.mark.parametrize("path", EVERY)
 def test_outputs_are_those_of_this_code(path):
     """What nbval cannot see: cells it does not compare, and pictures, of a notebook edited after its last run."""
     ran = read(path).metadata.get("dfqlib", {}).get("code")
