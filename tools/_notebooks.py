@@ -30,7 +30,7 @@ def find_notebooks(paths: Sequence[Path]) -> dict[str, Path]:
             folder = NOTEBOOKS if path.is_relative_to(NOTEBOOKS) else path.parent
             files = [path]
         elif path.is_dir():
-            folder = path
+            folder = NOTEBOOKS if path.is_relative_to(NOTEBOOKS) else path
             files = [file for file in path.rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts]
         else:
             raise FileNotFoundError(f"no notebook or folder {path}")
