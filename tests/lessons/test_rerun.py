@@ -142,7 +142,7 @@ def test_a_killed_kernel_costs_its_own_run_only(rerun: Callable[..., Any], tmp_p
 
 def test_a_cell_past_its_time_is_named(rerun: Callable[..., Any], tmp_path: Path) -> None:
     lesson = write_notebook(tmp_path / "lesson.ipynb", "import time\ntime.sleep(60)", "print('never')")
-    code, out, err = rerun(lesson, "--cell-timeout", 1, "--output", tmp_path / "out")
+    code, out, err = rerun(lesson, "--cell-timeout", 5, "--output", tmp_path / "out")
     assert (code, err) == (1, "")
     assert "in cell [2]:\n    import time\n    time.sleep(60)\nCellTimeoutError: " in out
 
