@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import dfqlib
 from dfqlib.errors import InputError
 from dfqlib.training.files import check_writable, written_whole
 
@@ -398,12 +399,12 @@ def _run(job: Job, kernels: dict[str, Any], stopped: threading.Event, tick: Call
             on_cell_executed=end,
         )
     except Exception as failure:  # a cell that fails, a dead kernel, a cell past its time, a disk that is full
-        said = str(failure).strip() if isinstance(failure, papermill.PapermillExecutionError) else ""
-        lines = (said or f"{type(failure).__name__}: {failure}".strip()).splitlines()[-LAST_LINES:]
+        raised = isinstance(failure, papermill.PapermillExecutionError)
+        message = str(failure) if raised else f"{type(failure).__name__}: {failure}"
+        message = message.replace("Kernel died", "Kernel died; is there enough memory?")
         source = [f"    {line}" for line in "".join(cells[-1:]).splitlines()]
-        error = "interrupted" if stopped.is_set() else "\n".join([f"in cell [{len(cells)}]:", *source, *lines])
-    finally:
-        kernels.pop(job.name, None)
+        lines = [f"in cell [{len(cells)}]:", *source, *message.strip().splitlines()[-LAST_LINES:]]
+        error = "interrupted" if stopped.is_set() else "\n".join(lines)
     return Run(job, _write_results(job, time.perf_counter() - start, peak[-1], error))
 
 
@@ -422,14 +423,14 @@ def _write_results(job: Job, seconds: float, peak_gb: float | None, error: str |
     notebook = source = read_notebook(job.source)
     with suppress(InputError):  # it was stopped before its first cell
         notebook = read_notebook(job.file(".ipynb"))
-    packages = ("dfqlib", "numpy", "scikit-learn", "torch", "torchvision")
+    versions = {name: version(name) for name in ("numpy", "scikit-learn", "torch", "torchvision")}
     record = {
         "notebook": job.name,
         "parameters": {name: known.default for name, known in read_parameters(source).items()} | job.parameters,
         "seconds": round(seconds, 1),
         "peak_gb": peak_gb,
         "error": error,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": {"python": platform.python_version(), "dfqlib": dfqlib.__version__} | versions,
         "results": displayed_json(notebook),
     }
     # JSON knows neither infinity nor NaN: these become text.

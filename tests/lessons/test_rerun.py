@@ -79,7 +79,7 @@ def test_a_run_leaves_notebook_page_and_results(rerun: Callable[..., Any], tmp_p
     assert record["results"]["folder"] == str(lesson.parent)
     assert record["error"] is None
     assert record["seconds"] > 0
-    assert record["peak_gb"] > 0
+    assert record["peak_gb"] > 0 if sys.platform == "linux" else record["peak_gb"] is None
     assert record["versions"]["torch"]
     assert outputs(tmp_path / "out" / "01_lesson.ipynb")[-1][0].text == "2 1.0 True\n"
     assert "A lesson" in (tmp_path / "out" / "01_lesson.html").read_text(encoding="utf-8")
@@ -133,7 +133,7 @@ def test_a_killed_kernel_costs_its_own_run_only(rerun: Callable[..., Any], tmp_p
     code, out, err = rerun(lesson, "--grid", tmp_path / "grid.yml", "--output", tmp_path / "out")
     assert (code, err) == (1, "")
     assert "in cell [4]:\n    import os" in out
-    assert "DeadKernelError: Kernel died" in out
+    assert "DeadKernelError: Kernel died; is there enough memory?" in out
     assert "1 of 2 ran" in out
     assert "so far" in json.dumps(outputs(tmp_path / "out" / "lesson_01.ipynb"))
     assert json.loads((tmp_path / "out" / "lesson_02.json").read_text())["parameters"]["bits"] == "w2a2"
