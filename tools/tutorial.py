@@ -20,7 +20,9 @@ from _notebooks import CELL_TIMEOUT, ROOT, find_notebooks
 from tqdm.auto import tqdm
 
 from dfqlib.errors import InputError
-from dfqlib.lessons import reruns
+from dfqlib.lessons.reruns import Job, Run, check_output, read_notebook, read_parameters, run_jobs, values_for
+from dfqlib.lessons.reruns.command import described
+from dfqlib.lessons.reruns.parameters import read_pairs
 
 INDEX = """<!DOCTYPE html>
 <html lang="en">
@@ -38,9 +40,9 @@ td {{ padding-right: 2rem; }}
 """
 
 
-def row(run: reruns.Run) -> str:
+def row(run: Run) -> str:
     """A line of the index: the first heading of the notebook, or its name, and how it ran."""
-    cells = reruns.read_notebook(run.job.source).cells
+    cells = read_notebook(run.job.source).cells
     headings = (re.search(r"^# (.+)$", cell.source, re.M) for cell in cells if cell.cell_type == "markdown")
     title = next((heading[1].strip() for heading in headings if heading), run.job.name)
     return (
@@ -59,20 +61,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     output, jobs = options.output.resolve(), []
     try:
-        given = reruns.read_pairs(options.parameter)
+        given = read_pairs(options.parameter)
         for name, source in find_notebooks(options.paths).items():
-            known = reruns.read_parameters(reruns.read_notebook(source))
-            values = reruns.values_for(known, given, source)
-            jobs.append(reruns.Job(name, source, output / name, values, CELL_TIMEOUT))
+            known = read_parameters(read_notebook(source))
+            values = values_for(known, given, source)
+            jobs.append(Job(name, source, output / name, values, CELL_TIMEOUT))
         for job in jobs:
-            reruns.check_output(job)
+            check_output(job)
     except (FileNotFoundError, InputError) as error:
         parser.error(str(error))
     runs = {}
     try:
-        for run in reruns.run_jobs(jobs, max(1, options.jobs), progress=None):
+        for run in run_jobs(jobs, max(1, options.jobs), progress=None):
             runs[run.job.name] = run
-            tqdm.write(reruns.described(run, max(len(job.name) for job in jobs)))  # above the bar
+            tqdm.write(described(run, max(len(job.name) for job in jobs)))  # above the bar
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -14,7 +14,7 @@ import dfqlib
 from dfqlib import models, recipes, spec
 from dfqlib.cli import commands
 from dfqlib.errors import InputError
-from dfqlib.lessons import reruns
+from dfqlib.lessons.reruns import command as rerun
 
 EXAMPLES = """\
 examples:
@@ -93,10 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=commands.export)
     _add_export(export)
     notebook = parsers.add_parser(
-        "rerun", help="run a lesson with parameters of your own", epilog=reruns.EXAMPLES, formatter_class=style
+        "rerun", help="run a lesson with parameters of your own", epilog=rerun.EXAMPLES, formatter_class=style
     )
-    notebook.set_defaults(run=reruns.rerun)
-    reruns.add_arguments(notebook)
+    notebook.set_defaults(run=rerun.rerun)
+    rerun.add_arguments(notebook)
     listing = parsers.add_parser("models", help="list the networks with known checkpoints")
     listing.set_defaults(run=commands.list_models)
     listing = parsers.add_parser("recipes", help="list the recipes and their settings")

@@ -16,15 +16,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dfqlib.__main__ import main
-from dfqlib.lessons.reruns import (
-    Parameter,
-    displayed_json,
-    flatten,
-    read_grid,
-    read_notebook,
-    read_parameters,
-    values_for,
-)
+from dfqlib.errors import InputError
+from dfqlib.lessons.reruns import Parameter, read_notebook, read_parameters, values_for
+from dfqlib.lessons.reruns.command import flatten
+from dfqlib.lessons.reruns.execution import displayed_json
+from dfqlib.lessons.reruns.parameters import read_grid
 
 PARAMETERS = """\
 seed: int = 0  # of everything
@@ -175,7 +171,7 @@ def test_ctrl_c_leaves_the_notebook_as_far_as_it_came(tmp_path: Path) -> None:
 @pytest.fixture
 def refused(rerun: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The message of an error; nothing was run or written."""
-    monkeypatch.setattr("dfqlib.lessons.reruns.run_jobs", lambda *_, **__: pytest.fail("something ran"))
+    monkeypatch.setattr("dfqlib.lessons.reruns.command.run_jobs", lambda *_, **__: pytest.fail("something ran"))
 
     def run(*arguments: object) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -227,7 +223,7 @@ def test_parameters_that_do_not_fit(
         ("w4a4", "names no run"),
         ("- w4a4", "names no run"),
         ("- {}", "names no run"),
-        ("2: [3]", "names no run"),
+        ("2: [3]", 'has no parameter "2"'),
         ("seed: 1\nbits: w2a2\nseed: 2", 'gives "seed" twice in one mapping; leave one'),
         ("- {seed: 1, bits: w2a2, seed: 2}", 'gives "seed" twice in one mapping; leave one'),
         ("seed: [1, .inf]", "seed=inf must be a whole number"),
@@ -309,6 +305,9 @@ def test_what_has_no_declared_type_takes_any_literal() -> None:
     known = {"d": Parameter(None, [1])}
     for given, expected in {"[1, 2]": [1, 2], "None": None, "some words": "some words"}.items():
         assert values_for(known, {"d": given}, Path("lesson.ipynb")) == {"d": expected}
+    for given in ("(1, 2)", "{1}", "b'x'", "1j"):  # papermill would pass a string
+        with pytest.raises(InputError, match="must be a number, text, a list, a dictionary or None"):
+            values_for(known, {"d": given}, Path("lesson.ipynb"))
 
 
 def test_numbers_are_read_as_python_reads_them() -> None:
