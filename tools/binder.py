@@ -5,22 +5,18 @@
 
 Without a container engine and without conda the rehearsal comes as near as it can: a clean clone; a virtual environment
 with what binder/environment.yml asks for, by the packages' names on the package index; binder/postBuild; every
-import of the lessons; lesson 01 served by JupyterLab through binder/start; the Dockerfile that repo2docker would build.
-Exit code: 0, or 1 and the step that failed.
+import of the lessons; JupyterLab and lesson 01 through binder/start. Exit code: 0, or 1 and the step that failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 import venv
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -31,7 +27,6 @@ from _notebooks import ROOT, code_cells, find_notebooks
 
 FIRST = "notebooks/01_toy_boundary_matching.ipynb"
 PIP_NAMES = {"pytorch": "torch"}  # where conda-forge's differ
-PATIENCE = 120  # seconds for JupyterLab to start
 
 
 def launch_address(remote: str) -> str:
@@ -78,92 +73,32 @@ def imported_modules(folder: Path) -> set[str]:
 
 
 def check(folder: Path) -> None:
-    """Rehearse in ``folder``; an assertion or a failed command says what went wrong."""
-    clone, environment = folder / "clone", folder / "environment"
-    say("a clean clone")
-    run("git", "clone", "--quiet", "--no-hardlinks", ROOT, clone)
+    """Rehearse in ``folder``; the first command that fails ends it."""
+    clone, binaries = folder / "clone", folder / "environment" / "bin"
+    start, modules = clone / "binder" / "start", sorted(imported_modules(ROOT / "notebooks"))
+    python, wanted = pip_requirements(ROOT / "binder" / "environment.yml")
+    print(f"- an environment with {len(wanted)} packages (Binder's Python is {python}, ours {sys.version.split()[0]})")
+    venv.create(binaries.parent, with_pip=True)
+    for title, *command in (
+        ("a clean clone", "git", "clone", "--quiet", "--no-hardlinks", ROOT, clone),
+        ("those packages", binaries / "pip", "install", "--quiet", "-c", clone / "constraints.txt", *wanted),
+        ("binder/postBuild", clone / "binder" / "postBuild"),
+        (f"the lessons' {len(modules)} imports", binaries / "python", "-P", "-c", f"import {', '.join(modules)}"),
+        ("the command line", binaries / "dfqlib", "--help"),
+        ("JupyterLab, through binder/start", start, "jupyter", "lab", "--version"),
+        ("lesson 01, through binder/start", start, "jupyter", "execute", "--kernel_name=python3", FIRST),
+    ):
+        print(f"- {title}", flush=True)
+        run(list(map(str, command)), clone if clone.exists() else folder, binaries)
 
-    python, wanted = pip_requirements(clone / "binder" / "environment.yml")
-    say(f"an environment with {len(wanted)} packages (Binder's Python is {python}, ours {sys.version.split()[0]})")
-    venv.create(environment, with_pip=True)
-    binaries = environment / "bin"
-    path = os.pathsep.join((str(binaries), os.environ["PATH"]))
+
+def run(command: list[str], folder: Path, binaries: Path) -> None:
+    """Run a command in the new environment; one that fails ends the rehearsal."""
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "JUPYTER"))}
-    settings |= {"PATH": path, "VIRTUAL_ENV": str(environment)}
-    run(binaries / "pip", "install", "--quiet", "-c", clone / "constraints.txt", *wanted, env=settings)
-
-    say("binder/postBuild")
-    run(clone / "binder" / "postBuild", cwd=clone, env=settings)
-    modules = sorted(imported_modules(clone / "notebooks"))
-    say(f"the lessons' {len(modules)} imports")
-    run(binaries / "python", "-c", f"import {', '.join(modules)}", cwd=folder, env=settings)
-    run(binaries / "python", "-m", "dfqlib", "--help", cwd=folder, env=settings)
-
-    say("lesson 01 in JupyterLab, through binder/start")
-    serve_first(clone, folder / "runtime", settings)
-
-    say("the Dockerfile")
-    run(binaries / "pip", "install", "--quiet", "jupyter-repo2docker", env=settings)
-    rendered = run(binaries / "jupyter-repo2docker", "--no-build", "--debug", clone, cwd=folder, env=settings)
-    for line in ("binder/environment.yml", "RUN ./binder/postBuild", "binder/start"):
-        assert line in rendered, f"the Dockerfile has no {line}"
-    (folder / "Dockerfile").write_text(rendered, encoding="utf-8")
-
-
-def serve_first(clone: Path, runtime: Path, settings: dict[str, str]) -> None:
-    """Start JupyterLab as Binder does and ask it for lesson 01 and for its page."""
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"]
-    with subprocess.Popen(
-        [clone / "binder" / "start", "jupyter", "lab", *options],
-        cwd=clone,
-        env=settings | {"JUPYTER_RUNTIME_DIR": str(runtime)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as server:
-        try:
-            entry = wait_for_entry(server, runtime)
-            contents = json.loads(fetch(entry, f"api/contents/{FIRST}?content=0&"))
-            assert contents["type"] == "notebook", contents
-            assert b"JupyterLab" in fetch(entry, f"lab/tree/{FIRST}?")
-            assert "python3" in json.loads(fetch(entry, "api/kernelspecs?"))["kernelspecs"]
-        finally:
-            server.terminate()
-
-
-def wait_for_entry(server: subprocess.Popen[bytes], runtime: Path) -> dict[str, str]:
-    """Wait until the server answers; return what it wrote down about itself."""
-    for _ in range(2 * PATIENCE):
-        assert server.poll() is None, "JupyterLab did not start"
-        for path in runtime.glob("jpserver-*.json"):
-            try:
-                entry: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-                fetch(entry, "api/status?")
-            except (OSError, ValueError):  # not listening yet, or not written to its end
-                continue
-            return entry
-        time.sleep(0.5)
-    raise AssertionError(f"JupyterLab did not start in {PATIENCE} s")
-
-
-def fetch(entry: dict[str, str], what: str) -> bytes:
-    """Ask the server for something."""
-    with urllib.request.urlopen(f"{entry['url']}{what}token={entry['token']}", timeout=PATIENCE) as answer:
-        content: bytes = answer.read()
-    return content
-
-
-def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> str:
-    """Run a command and return what it wrote; one that fails ends the rehearsal."""
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    settings |= {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "VIRTUAL_ENV": str(binaries.parent)}
+    done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command[:3]))} ... failed:\n{(done.stdout + done.stderr)[-3000:]}")
-    return done.stdout + done.stderr
-
-
-def say(step: str) -> None:
-    """Name the step that begins."""
-    print(f"- {step}", flush=True)
+        raise SystemExit(f"{' '.join(command[:3])} ... failed:\n{(done.stdout + done.stderr)[-3000:]}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,38 +10,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 APT = ["apt-get", "-qq", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20", "-o", "DPkg::Lock::Timeout=60"]
 PATIENCE = 300  # seconds for one command
 
 
-class NoBrowserError(Exception):
-    """There is no browser; the message says why."""
-
-
-def find() -> str:
-    """Find a browser that starts.
-
-    Returns:
-        The path of its executable.
-
-    Raises:
-        NoBrowserError: there is none.
-    """
+def find() -> str | None:
+    """The path of a browser that starts."""
     named = os.environ.get("DFQLIB_BROWSER")
-    candidates = [named] if named else [shutil.which(name) for name in NAMES] + [playwrights_own()]
-    for path in filter(None, candidates):
-        if shutil.which(path) and run([path, "--version", "--no-sandbox"]) is None:
-            return path
-    if named:
-        raise NoBrowserError(f"DFQLIB_BROWSER={named} is no browser that starts")
-    raise NoBrowserError(f"no {', '.join(NAMES)}, none of Playwright's own; `make browser` tries to install one")
+    candidates = [named] if named else [*map(shutil.which, NAMES), playwrights_own()]
+    return next((path for path in candidates if path and not failure([path, "--version", "--no-sandbox"])), None)
 
 
 def playwrights_own() -> str | None:
@@ -54,42 +36,18 @@ def playwrights_own() -> str | None:
         return playwright.chromium.executable_path
 
 
-def install() -> list[str]:
-    """Try one way after the other until a browser is found.
-
-    Returns:
-        What went wrong on the way, a line each.
-    """
-    problems = []
-    ways = [["playwright", "install", "chromium"]]
-    if shutil.which("apt-get") and os.geteuid() == 0:
-        ways.insert(0, [*APT, "install", "-y", "--no-install-recommends", "chromium"])
-        problems.append(run([*APT, "update"]))
-    for way in ways:
-        print(f"installing a browser for the test in JupyterLab: {way[0]}", file=sys.stderr)
-        problems.append(run([sys.executable, "-m", *way] if way[0] == "playwright" else way))
-        try:
-            find()
-        except NoBrowserError:
-            continue
-        break
-    return list(filter(None, problems))
-
-
-def run(command: list[str]) -> str | None:
-    """Run a command, for a while and without questions; return None, or in one line why it failed."""
+def failure(command: list[str]) -> str:
+    """Run a command, for a while and without questions; returns the end of why it failed, or nothing."""
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, env=environment
+        subprocess.run(
+            command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE, env=environment
         )
+    except subprocess.CalledProcessError as error:
+        return f"{command[0]}: {(error.stdout + error.stderr).decode(errors='replace').strip()[-300:] or error}"
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{Path(command[0]).name}: {error}"
-    if done.returncode == 0:
-        return None
-    lines = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
-    telling = [line.strip() for line in lines if re.search(r"error|fail|unable|cannot", line, re.IGNORECASE)]
-    return f"{' '.join(command[-2:])}: {(telling or lines)[-1][:200]}"
+        return f"{command[0]}: {error}"
+    return ""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,20 +55,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Find the browser that tests/lessons/test_jupyterlab.py needs.")
     parser.add_argument("--install", action="store_true", help="install one when there is none")
     options = parser.parse_args(arguments)
-    try:
-        print(find())
-        return 0
-    except NoBrowserError as error:
-        reasons = [str(error)]
-    if options.install:
-        reasons = install()
-        try:
-            print(find())
-            return 0
-        except NoBrowserError as error:
-            reasons.append(str(error))
-    print("no browser: " + "; ".join(reasons), file=sys.stderr)
-    return 1
+    found, reasons = find(), [f"no browser among {', '.join(NAMES)}; `make browser` tries to install one"]
+    if named := os.environ.get("DFQLIB_BROWSER"):
+        reasons = [f"DFQLIB_BROWSER={named} is no browser that starts"]
+    commands = [[sys.executable, "-m", "playwright", "install", "chromium"]]
+    if shutil.which("apt-get") and os.geteuid() == 0:
+        commands = [[*APT, "update"], [*APT, "install", "-y", "--no-install-recommends", "chromium"], *commands]
+    for command in commands if options.install else []:
+        if found is None:
+            print(f"installing a browser for the test in JupyterLab: {' '.join(command)}", file=sys.stderr)
+            reasons.append(failure(command))
+            found = find()
+    print(found or "; ".join(filter(None, reasons)), file=sys.stdout if found else sys.stderr)
+    return 0 if found else 1
 
 
 if __name__ == "__main__":

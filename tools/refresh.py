@@ -11,11 +11,11 @@ notebook failed or, with --check, is stale; 2 for wrong arguments.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from _notebooks import CELL_TIMEOUT, code_digest, find_notebooks
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-from dfqlib.lessons.reruns.execution import KERNEL, QUIET_KERNEL
-from dfqlib.lessons.reruns.processes import run_apart
 from dfqlib.training.files import written_whole
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -37,14 +35,14 @@ def execute(path: Path) -> Any:
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook,
-        kernel_name=KERNEL,
+        kernel_name="python3",
         timeout=CELL_TIMEOUT,
         resources={"metadata": {"path": str(path.parent)}},
-        extra_arguments=QUIET_KERNEL,
+        extra_arguments=["--log-level=CRITICAL"],
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,
-    ).execute()
+    ).execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
     tidy(notebook)
     nbformat.validate(notebook)
     return notebook
@@ -55,7 +53,7 @@ def tidy(notebook: Any) -> None:
     notebook.metadata = nbformat.from_dict(
         {
             "dfqlib": {"code": code_digest(notebook)},
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": KERNEL},
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
         }
     )
@@ -64,6 +62,24 @@ def tidy(notebook: Any) -> None:
         for output in cell.get("outputs", []):
             # A view refers to a widget by a random identifier that only its own kernel knows.
             output.get("data", {}).pop(WIDGET_VIEW, None)
+
+
+def treat(name: str, path: Path, options: argparse.Namespace) -> bool:
+    """Refresh or check one notebook and say so; returns whether all is well."""
+    start, cells = time.perf_counter(), list[str]()
+    try:
+        notebook = execute(path)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        print(f"FAILED {name}{'' if options.check else ', left as it was'}\n{error}", flush=True)
+        return False
+    if options.check:
+        cells = list(stale_cells(nbformat.read(path, as_version=4), notebook, exact=options.exact))
+    else:
+        with written_whole(path) as temporary:
+            nbformat.write(notebook, temporary)
+    title = f"{'STALE ' if cells else ''}{name} {time.perf_counter() - start:.1f} s"
+    print("\n".join([title, *(f"  {cell}" for cell in cells)]), flush=True)
+    return not cells
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,47 +98,14 @@ def main(arguments: list[str] | None = None) -> int:
         notebooks = find_notebooks(options.paths)
     except FileNotFoundError as error:
         parser.error(str(error))
-    tasks = [Task(name, path, options.check, options.exact) for name, path in notebooks.items()]
-    fine = True
-    try:
-        for _, (succeeded, report) in run_apart(treat, tasks, max(1, options.jobs), killed):
-            fine = fine and succeeded
-            print(report, flush=True)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return int(not fine)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A notebook to refresh or to check."""
-
-    name: str
-    path: Path
-    check: bool
-    exact: bool
-
-
-def treat(task: Task, _: Callable[[], None]) -> tuple[bool, str]:
-    """Refresh or check one notebook; returns whether all is well, and what to say about it."""
-    start, cells = time.perf_counter(), list[str]()
-    try:
-        notebook = execute(task.path)
-    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        return False, f"FAILED {task.name}{'' if task.check else ', left as it was'}\n{error}"
-    if task.check:
-        cells = list(stale_cells(nbformat.read(task.path, as_version=4), notebook, exact=task.exact))
-    else:
-        with written_whole(task.path) as temporary:
-            nbformat.write(notebook, temporary)
-    title = f"{'STALE ' if cells else ''}{task.name} {time.perf_counter() - start:.1f} s"
-    return not cells, "\n".join([title, *(f"  {cell}" for cell in cells)])
-
-
-def killed(task: Task, seconds: float) -> tuple[bool, str]:
-    """What to say of a notebook whose process ended by itself."""
-    return False, f"FAILED {task.name}, left as it was: its process was killed after {seconds:.0f} s"
+    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")  # this environment's kernel, no other
+    with ThreadPoolExecutor(max(1, options.jobs)) as pool:
+        try:
+            fine = list(pool.map(treat, notebooks, notebooks.values(), itertools.repeat(options)))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            os._exit(130)  # the kernels end with this process
+    return 0 if all(fine) else 1
 
 
 if __name__ == "__main__":

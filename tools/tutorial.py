@@ -3,8 +3,7 @@
     python tools/tutorial.py                                       every notebook of notebooks/
     python tools/tutorial.py notebooks/07_*.ipynb -p bits w2a2     one, with a parameter of its own
 
-Each notebook leaves an executed copy, an HTML page and a JSON file: parameters, seconds, versions, and what
-the notebook displayed as ``IPython.display.JSON``, so that a sweep is a table. Exit code: 0; 1 when a
+Each notebook leaves an executed copy, an HTML page and a JSON file, as `dfqlib rerun` does. Exit code: 0; 1 when a
 notebook failed; 2 for wrong arguments.
 """
 
@@ -22,25 +21,10 @@ from tqdm.auto import tqdm
 
 from dfqlib.errors import InputError
 from dfqlib.lessons.reruns import Job, Run, check_output, read_notebook, read_parameters, run_jobs, values_for
-from dfqlib.lessons.reruns.command import described, read_pairs
+from dfqlib.lessons.reruns.command import described
+from dfqlib.lessons.reruns.parameters import read_pairs
 
-
-def title_of(run: Run) -> str:
-    """The first heading of a notebook, or its name."""
-    cells = read_notebook(run.job.source).cells
-    headings = (re.search(r"^# (.+)$", cell.source, re.M) for cell in cells if cell.cell_type == "markdown")
-    return next((heading[1].strip() for heading in headings if heading), run.job.name)
-
-
-def write_index(runs: list[Run], path: Path) -> None:
-    """Write the table of contents."""
-    rows = "\n".join(
-        f'<tr><td><a href="{html.escape(run.job.name)}.html">{html.escape(title_of(run))}</a></td>'
-        f"<td>{run.record['seconds']:.1f} s</td><td>{'failed' if run.error else 'ok'}</td></tr>"
-        for run in runs
-    )
-    path.write_text(
-        f"""<!DOCTYPE html>
+INDEX = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <title>Data-free quantization, lesson by lesson</title>
@@ -53,49 +37,52 @@ td {{ padding-right: 2rem; }}
 {rows}
 </table>
 </html>
-""",
-        encoding="utf-8",
+"""
+
+
+def row(run: Run) -> str:
+    """A line of the index: the first heading of the notebook, or its name, and how it ran."""
+    cells = read_notebook(run.job.source).cells
+    headings = (re.search(r"^# (.+)$", cell.source, re.M) for cell in cells if cell.cell_type == "markdown")
+    title = next((heading[1].strip() for heading in headings if heading), run.job.name)
+    return (
+        f'<tr><td><a href="{html.escape(run.job.name)}.html">{html.escape(title)}</a></td>'
+        f"<td>{run.record['seconds']:.1f} s</td><td>{'failed' if run.error else 'ok'}</td></tr>"
     )
 
 
-def read_arguments(arguments: list[str] | None) -> tuple[list[Job], Path, int]:
-    """What to run, where it goes, how many at a time; a wrong command line ends here, before anything is run."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line names; return the exit code."""
     parser = argparse.ArgumentParser(description="Run the notebooks headless and write an HTML index.")
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks or folders (default: notebooks/)")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "tutorial")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("-j", "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="how many at a time")
     options = parser.parse_intermixed_args(arguments)
-    output = options.output.resolve()
+    output, jobs = options.output.resolve(), []
     try:
         given = read_pairs(options.parameter)
-        jobs = []
         for name, source in find_notebooks(options.paths).items():
-            values = values_for(read_parameters(read_notebook(source)), given, source) if given else {}
+            known = read_parameters(read_notebook(source))
+            values = values_for(known, given, source)
             jobs.append(Job(name, source, output / name, values, CELL_TIMEOUT))
         for job in jobs:
             check_output(job)
     except (FileNotFoundError, InputError) as error:
         parser.error(str(error))
-    return jobs, output, max(1, options.jobs)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line names; return the exit code."""
-    jobs, output, at_a_time = read_arguments(arguments)
-    width = max(len(job.name) for job in jobs)
-    runs: dict[str, Run] = {}
+    runs = {}
     try:
-        for run in run_jobs(jobs, at_a_time, progress=None):
+        for run in run_jobs(jobs, max(1, options.jobs), progress=None):
             runs[run.job.name] = run
-            tqdm.write(described(run, width))  # above the bar
+            tqdm.write(described(run, max(len(job.name) for job in jobs)))  # above the bar
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    write_index([runs[job.name] for job in jobs], output / "index.html")
+    index = output / "index.html"
+    index.write_text(INDEX.format(rows="\n".join(row(runs[job.name]) for job in jobs)), encoding="utf-8")
     failed = sum(run.error is not None for run in runs.values())
-    shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
-    print(f"{len(runs) - failed} of {len(runs)} notebooks ran. Read {shown / 'index.html'}")
+    shown = index.relative_to(Path.cwd()) if index.is_relative_to(Path.cwd()) else index
+    print(f"{len(runs) - failed} of {len(runs)} notebooks ran. Read {shown}")
     return 1 if failed else 0
 
 

@@ -1,17 +1,24 @@
-"""``dfqlib rerun``: one notebook with parameters of one's own, or once for each point of a grid."""
+"""``dfqlib rerun``: one notebook with parameters of one's own, or once for each run of a YAML file."""
 
 import argparse
-from collections.abc import Iterable
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dfqlib.errors import InputError
-from dfqlib.lessons.reruns.execution import Job, Run, check_output
-from dfqlib.lessons.reruns.grid import read_grid, write_table
-from dfqlib.lessons.reruns.parameters import read_notebook, read_parameters, values_for
-from dfqlib.lessons.reruns.processes import run_jobs
+from dfqlib.lessons.reruns.execution import SUFFIXES, Job, Run, check_output, run_jobs
+from dfqlib.lessons.reruns.parameters import (
+    import_extra,
+    read_grid,
+    read_notebook,
+    read_pairs,
+    read_parameters,
+    values_for,
+)
+from dfqlib.training.files import check_writable, written_whole
 
-__all__ = ["EXAMPLES", "add_arguments", "described", "read_pairs", "rerun"]
+__all__ = ["EXAMPLES", "add_arguments", "described", "flatten", "rerun"]
 
 EXAMPLES = """\
 examples:
@@ -47,11 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def rerun(options: argparse.Namespace) -> int:
-    """Check everything, run, write; returns the exit code.
-
-    Raises:
-        InputError: an argument cannot be used; nothing was run.
-    """
+    """Check everything, run, write; returns the exit code. InputError before anything is run."""
     from tqdm.auto import tqdm
 
     for name in ("jobs", "cell_timeout"):
@@ -61,16 +64,19 @@ def rerun(options: argparse.Namespace) -> int:
     jobs = _jobs(options)
     for job in jobs:
         check_output(job)
+    written = [jobs[0].file(suffix) for suffix in SUFFIXES]
+    if options.grid is not None:
+        written = [options.output / "results.csv", options.output / "results.json"]
+        for path in written:
+            check_writable(path, "--output")
     runs: dict[str, Run] = {}
-    written = [f"{options.output / jobs[0].name}{suffix}" for suffix in (".ipynb", ".html", ".json")]
     for run in run_jobs(jobs, options.jobs, progress=False if options.quiet else None):
         runs[run.job.name] = run
         tqdm.write(described(run))  # above the bar
         if options.grid is not None:  # after each, so that a grid cut short leaves its table so far
-            in_order = [runs[job.name] for job in jobs if job.name in runs]
-            written = [str(path) for path in write_table(in_order, options.output)]
+            _write_table([runs[job.name] for job in jobs if job.name in runs], *written)
     failed = sum(run.error is not None for run in runs.values())
-    print(f"{len(runs) - failed} of {len(runs)} ran; written: {', '.join(written)}")
+    print(f"{len(runs) - failed} of {len(runs)} ran; written: {', '.join(map(str, written))}")
     return 1 if failed else 0
 
 
@@ -86,32 +92,44 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
     for number, point in enumerate(points, start=1):
         name = source.stem if options.grid is None else f"{source.stem}_{number:0{max(2, len(str(len(points))))}}"
         values = values_for(known, pairs | point, source)
-        jobs.append(Job(name, source, options.output.resolve() / name, values, options.cell_timeout))
+        jobs.append(Job(name, source, options.output / name, values, options.cell_timeout))
     return jobs
-
-
-def read_pairs(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """What -p gave, by name.
-
-    Raises:
-        InputError: a name is given twice.
-    """
-    read: dict[str, str] = {}
-    for name, text in pairs:
-        if name in read:
-            raise InputError(f'parameter "{name}" is given twice, as "{read[name]}" and as "{text}"; leave one')
-        read[name] = text
-    return read
 
 
 def described(run: Run, width: int = 0) -> str:
     """A line that says how the run went, followed by its error if it has one."""
-    given: dict[str, Any] = run.job.parameters
     peak = run.record["peak_gb"]
     parts = [
         f"{'FAILED' if run.error else 'ok':6} {run.job.name:{width}} {run.record['seconds']:6.1f} s",
         "" if peak is None else f"{peak:5.2f} GB",
-        " ".join(f"{name}={value}" for name, value in given.items()),
+        " ".join(f"{name}={value}" for name, value in run.job.parameters.items()),
     ]
-    line = "  ".join(part for part in parts if part)
-    return f"{line}\n{run.error}" if run.error else line
+    return "\n".join(filter(None, ["  ".join(filter(None, parts)), run.error]))
+
+
+def flatten(results: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries and lists as one level: ``{"top1": {"FP32": 99}}`` becomes ``{"top1.FP32": 99}``."""
+    if not isinstance(results, dict | list):
+        return {prefix: results}
+    flat: dict[str, Any] = {}
+    for name, value in results.items() if isinstance(results, dict) else enumerate(results):
+        flat |= flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def _write_table(runs: Sequence[Run], as_csv: Path, as_json: Path) -> None:
+    """A row per run: its parameters, the numbers it displayed, seconds, memory, the error's last line."""
+    pandas, rows = import_extra("pandas"), []
+    for record in (run.record for run in runs):
+        first = {"run": record["notebook"]} | record["parameters"]
+        last = {"seconds": record["seconds"], "peak_gb": record["peak_gb"]}
+        last["error"] = record["error"].splitlines()[-1] if record["error"] else None
+        # A result with the name of a parameter (images, say) gets a column of its own.
+        taken = first.keys() | last.keys()
+        numbers = {f"results.{k}" if k in taken else k: v for k, v in flatten(record["results"]).items()}
+        rows.append(first | numbers | last)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with written_whole(as_csv) as temporary:
+        pandas.DataFrame(rows, columns=columns, dtype=object).to_csv(temporary, index=False)
+    with written_whole(as_json) as temporary:
+        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

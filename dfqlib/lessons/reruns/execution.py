@@ -1,43 +1,37 @@
-"""Execute one notebook, and leave of it a copy, a page and its results: each whole, as far as the notebook came."""
+"""Run notebooks in papermill's kernels, and leave of each a copy, a page and its results, as far as it came."""
 
 import json
-import math
+import logging
 import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import dfqlib
 from dfqlib.errors import InputError
-from dfqlib.lessons.reruns.parameters import read_notebook, read_parameters
+from dfqlib.lessons.reruns.parameters import import_extra, read_notebook, read_parameters
 from dfqlib.training.files import check_writable, written_whole
 
-__all__ = [
-    "KERNEL", "QUIET_KERNEL", "Job", "Run", "check_output", "code_cells", "execute", "fix_environment", "write_results",
-]  # fmt: skip
+__all__ = ["SUFFIXES", "Job", "Run", "check_output", "displayed_json", "run_jobs"]
 
-KERNEL = "python3"
-QUIET_KERNEL = ["--log-level=CRITICAL"]  # without its own remarks between our lines
-RECORDED_VERSIONS = ("dfqlib", "numpy", "scikit-learn", "torch", "torchvision")
 SUFFIXES = (".ipynb", ".html", ".json")
-"""The files that a job leaves."""
 LAST_LINES = 30  # of a traceback
 
 
 @dataclass(frozen=True)
 class Job:
-    """A notebook to run.
+    """A notebook to run in the folder it lies in, with parameters that ``values_for`` has checked.
 
-    Attributes:
-        name: what it is called in messages and in its results.
-        source: the notebook; it runs in the folder it lies in and is only read.
-        target: where the results go, without suffix: .ipynb, .html and .json are added.
-        parameters: values that replace the notebook's own, as ``values_for`` checks them.
-        cell_timeout: seconds for one cell; None for no limit.
+    The results go to ``target`` with .ipynb, .html and .json added; a cell may take ``cell_timeout`` seconds.
     """
 
     name: str
@@ -46,15 +40,14 @@ class Job:
     parameters: dict[str, Any] = field(default_factory=dict)
     cell_timeout: int | None = None
 
+    def file(self, suffix: str) -> Path:
+        """One of the files that the job leaves."""
+        return self.target.with_name(self.target.name + suffix)
+
 
 @dataclass(frozen=True)
 class Run:
-    """A job that was run.
-
-    Attributes:
-        job: the job.
-        record: what its .json holds: notebook, parameters, seconds, peak_gb, error, versions, results.
-    """
+    """A job that was run, and what its .json holds: parameters, seconds, peak_gb, error, versions, results."""
 
     job: Job
     record: dict[str, Any]
@@ -62,126 +55,137 @@ class Run:
     @property
     def error(self) -> str | None:
         """The failing cell and the end of its traceback; None when all cells ran."""
-        error: str | None = self.record["error"]
-        return error
+        return self.record["error"]
 
 
 def check_output(job: Job) -> None:
-    """Make the folder of the job's results, which must not lie in the notebook's own place.
-
-    Raises:
-        InputError: the folder cannot be made, a file in it cannot be written, or the notebook would be replaced by its
-            copy.
-    """
+    """Make the folder of the job's results; InputError where a file in it cannot be written or is the notebook."""
     folder = job.target.parent
-    if _beside(job.target, ".ipynb").resolve() == job.source.resolve():
+    if job.file(".ipynb").resolve() == job.source.resolve():
         raise InputError(f"--output={folder} holds {job.source.name} itself, which would be replaced; name another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output={folder} cannot be a folder ({error.strerror}); name another") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--output={folder} cannot be written to; name another")
     for suffix in SUFFIXES:
-        check_writable(_beside(job.target, suffix), "--output")
+        check_writable(job.file(suffix), "--output")
 
 
-def fix_environment() -> None:
-    """Make kernels start from this interpreter's environment, with one thread.
-
-    Outputs must not depend on the number of cores, and a ``python3`` kernel that is registered elsewhere on
-    the machine must not be taken for ours.
-    """
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
-
-
-def execute(job: Job, on_cell: Callable[[], None]) -> str | None:
-    """Execute the notebook into a partial file; ``write_results`` puts it in its place.
+def run_jobs(jobs: Sequence[Job], at_a_time: int = 1, *, progress: bool | None = False) -> Iterator[Run]:
+    """Run the jobs, and yield each as it ends; after Ctrl-C each that runs is written as far as it came.
 
     Args:
-        job: what to run.
-        on_cell: called after each code cell.
+        jobs: whose outputs ``check_output`` has found usable.
+        at_a_time: how many kernels run side by side; each takes one thread.
+        progress: a bar that counts cells; None shows it on a terminal only.
 
-    Returns:
-        The failing cell and the end of what went wrong; None when all cells ran.
+    Raises:
+        InputError: the ``notebooks`` extra is not installed.
     """
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
+    from tqdm.auto import tqdm
 
-    _partial(job).unlink(missing_ok=True)
+    for package in ("papermill", "nbconvert", "sklearn"):
+        import_extra(package)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it has to say, the record says
+    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")  # this environment's kernel, no other
+    total = sum(cell.cell_type == "code" for job in jobs for cell in read_notebook(job.source).cells)
+    hidden = None if progress is None else not progress
+    kernels, stopped = dict[str, Any](), threading.Event()
+    with tqdm(total=total, unit="cell", disable=hidden, leave=False) as bar, ThreadPoolExecutor(at_a_time) as pool:
+        futures = [pool.submit(_run, job, kernels, stopped, bar.update) for job in jobs]
+        try:
+            for done in as_completed(futures):
+                yield done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
+            for kernel in list(kernels.values()):
+                with suppress(AttributeError):  # it has just ended, or not yet begun
+                    kernel.provisioner.process.kill()
+
+
+def _run(job: Job, kernels: dict[str, Any], stopped: threading.Event, tick: Callable[[], object]) -> Run:
+    """Execute a notebook, wherever that ends, and write its results."""
+    import papermill
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Kernel(AsyncKernelManager):
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
+            kernels[job.name] = self
+            # Outputs must not depend on the number of cores.
+            await super().start_kernel(env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+    cells, peak, error = list[str](), list[float | None]([None]), None
+
+    def begin(cell: Any, **_: Any) -> None:
+        cells.append(cell.source)
+        if stopped.is_set():
+            raise RuntimeError("interrupted")
+
+    def end(**_: Any) -> None:
+        peak.append(_peak_gb(kernels[job.name].provisioner.pid))
+        tick()
+
+    start = time.perf_counter()
+    job.file(".ipynb").unlink(missing_ok=True)
     try:
         papermill.execute_notebook(
-            _literally(job.source),
-            _literally(_partial(job)),
+            # papermill fills names in braces with parameters, in paths too.
+            *(str(path).replace("{", "{{").replace("}", "}}") for path in (job.source, job.file(".ipynb"))),
             job.parameters,
-            kernel_name=KERNEL,
+            kernel_name="python3",
             language="python",
-            cwd=job.source.parent,
             progress_bar=False,
             execution_timeout=job.cell_timeout,
-            extra_arguments=QUIET_KERNEL,
-            on_cell_complete=lambda **_: on_cell(),
+            resources={"metadata": {"path": str(job.source.parent)}},
+            kernel_manager_class=Kernel,
+            extra_arguments=["--log-level=CRITICAL"],  # without its own remarks between our lines
+            on_cell_execute=begin,
+            on_cell_executed=end,
         )
-    except PapermillExecutionError as failure:
-        return _describe(failure.exec_count, failure.source, str(failure))
-    except Exception as failure:  # a dead kernel, a cell past its time, a disk that is full
-        return _describe(*_last_cell(_partial(job)), f"{type(failure).__name__}: {failure}")
+    except Exception as failure:  # a cell that fails, a dead kernel, a cell past its time, a disk that is full
+        raised = isinstance(failure, papermill.PapermillExecutionError)
+        message = str(failure) if raised else f"{type(failure).__name__}: {failure}"
+        message = message.replace("Kernel died", "Kernel died; is there enough memory?")
+        source = [f"    {line}" for line in "".join(cells[-1:]).splitlines()]
+        lines = [f"in cell [{len(cells)}]:", *source, *message.strip().splitlines()[-LAST_LINES:]]
+        error = "interrupted" if stopped.is_set() else "\n".join(lines)
+    return Run(job, _write_results(job, time.perf_counter() - start, peak[-1], error))
+
+
+def _peak_gb(process: int) -> float | None:
+    """The most memory that a process has held so far, as Linux counts it; None elsewhere."""
+    with suppress(OSError):
+        peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text(encoding="utf-8"))
+        return round(int(peak[1]) / 1e6, 3) if peak else None
     return None
 
 
-def write_results(job: Job, seconds: float, peak_gb: float | None, error: str | None) -> dict[str, Any]:
-    """Put the job's three files in their place, the notebook as far as it came.
+def _write_results(job: Job, seconds: float, peak_gb: float | None, error: str | None) -> dict[str, Any]:
+    """Write the page and the .json beside the executed notebook; returns what the .json holds."""
+    from nbconvert import HTMLExporter
 
-    Args:
-        job: was executed, or was to be.
-        seconds: that it took.
-        peak_gb: the most memory that its kernel held; None when not known.
-        error: as ``execute`` returns it.
-
-    Returns:
-        What the .json holds, see ``Run.record``.
-    """
-    source, partial = read_notebook(job.source), _partial(job)
-    try:
-        notebook = read_notebook(partial)
-        partial.replace(_beside(job.target, ".ipynb"))
-    except InputError:  # it was stopped before its first cell, or while it was being saved
-        notebook = source
-        partial.unlink(missing_ok=True)
-        error = error or "it left no notebook"
-    defaults = {name: parameter.default for name, parameter in read_parameters(source).items()}
+    notebook = source = read_notebook(job.source)
+    with suppress(InputError):  # it was stopped before its first cell
+        notebook = read_notebook(job.file(".ipynb"))
+    versions = {name: version(name) for name in ("numpy", "scikit-learn", "torch", "torchvision")}
     record = {
         "notebook": job.name,
-        "parameters": defaults | job.parameters,
+        "parameters": {name: known.default for name, known in read_parameters(source).items()} | job.parameters,
         "seconds": round(seconds, 1),
         "peak_gb": peak_gb,
         "error": error,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in RECORDED_VERSIONS},
+        "versions": {"python": platform.python_version(), "dfqlib": dfqlib.__version__} | versions,
         "results": displayed_json(notebook),
     }
-    _write_page(notebook, _beside(job.target, ".html"))
-    with written_whole(_beside(job.target, ".json")) as temporary:
-        temporary.write_text(json.dumps(_finite(record), indent=2, default=str) + "\n", encoding="utf-8")
-    return record
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows neither infinity nor NaN: these become text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _write_page(notebook: Any, path: Path) -> None:
-    """Write a notebook as HTML, with its links to other notebooks leading to their pages."""
-    from nbconvert import HTMLExporter
-
-    page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-    with written_whole(path) as temporary:
+    # JSON knows neither infinity nor NaN: these become text.
+    record = json.loads(json.dumps(record, default=str), parse_constant=lambda name: str(float(name)))
+    page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": job.target.name}})
+    with written_whole(job.file(".html")) as temporary:  # links to other notebooks lead to their pages
         temporary.write_text(re.sub(r'(href="[^":]+)\.ipynb', r"\1.html", page), encoding="utf-8")
+    with written_whole(job.file(".json")) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
 
 
 def displayed_json(notebook: Any) -> dict[str, Any]:
@@ -192,45 +196,3 @@ def displayed_json(notebook: Any) -> dict[str, Any]:
             shown = output.get("data", {}).get("application/json")
             merged |= shown if isinstance(shown, dict) else {}
     return merged
-
-
-def _describe(count: int | None, source: str, message: str) -> str:
-    """Show a failing cell: its number, its source, and the end of what went wrong."""
-    lines = [f"in cell [{count or '?'}]:", *(f"    {line}" for line in source.splitlines())]
-    return "\n".join(lines + message.strip().splitlines()[-LAST_LINES:])
-
-
-def _last_cell(executed: Path) -> tuple[int | None, str]:
-    """Find the cell that was being executed when papermill gave up."""
-    if not executed.exists():
-        return None, ""
-    started = [
-        cell for cell in code_cells(read_notebook(executed)) if cell.metadata.get("papermill", {}).get("start_time")
-    ]
-    return (len(started), started[-1].source) if started else (None, "")
-
-
-def code_cells(notebook: Any) -> list[Any]:
-    """The cells that are executed."""
-    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _literally(path: Path) -> str:
-    """papermill fills names in braces with parameters, in paths too."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def _partial(job: Job) -> Path:
-    return job.target.with_name(f".{job.target.name}.partial.ipynb")
-
-
-def _beside(target: Path, suffix: str) -> Path:
-    """``target`` with the suffix added; a name with a dot in it keeps what follows the dot."""
-    return target.with_name(target.name + suffix)
