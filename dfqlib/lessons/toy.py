@@ -1,6 +1,4 @@
-"""The small world of the first lesson: points in the plane, a network that separates them, points out of it.
-
-Everything a data-free method does to images happens here to pairs of numbers, so that it can be drawn whole.
+"""Data-free quantization in the plane: points instead of images, so that every stage can be plotted.
 
 Taught in notebook 01.
 """
@@ -19,22 +17,22 @@ from dfqlib.quantizer import QuantSpec, calibrate, quantize_layers
 from dfqlib.training import adam
 
 BATCH = 250
-"""Points per optimization step: enough that a batch has its own stable statistics."""
+"""Points per iteration, enough for stable statistics of a batch."""
 
 Sampler = Callable[[int], tuple[Tensor, Tensor]]
-"""Gives so many points and their labels: shapes (n, 2) and (n,)."""
+"""From a count n to points and labels, shapes (n, 2) and (n,)."""
 
 
 def mlp(layers: int = 3, width: int = 16, classes: int = 2) -> nn.Sequential:
     """A classifier of points in the plane: ``layers`` times Linear, BatchNorm, ReLU, then a linear layer.
 
     Args:
-        layers: hidden layers, 1 to 8; each has one set of BatchNorm statistics.
+        layers: hidden layers, 1 to 8, each with one BatchNorm.
         width: units of a hidden layer, 2 or more.
         classes: outputs.
 
     Raises:
-        InputError: a number is out of its range.
+        InputError: ``layers`` or ``width`` is out of range.
 
     Taught in notebook 01.
     """
@@ -48,7 +46,7 @@ def mlp(layers: int = 3, width: int = 16, classes: int = 2) -> nn.Sequential:
 
 
 def fit(network: nn.Module, points: Tensor, labels: Tensor, steps: int = 600) -> nn.Module:
-    """Train ``network`` on labelled points with Adam; it comes back in eval mode, its weights fixed.
+    """Train ``network`` on labelled points with Adam; returns it in eval mode, its weights fixed.
 
     Args:
         network: changed in place.
@@ -68,10 +66,10 @@ def fit(network: nn.Module, points: Tensor, labels: Tensor, steps: int = 600) ->
 
 
 def minimize(loss: Callable[[int], Tensor], parameters: list[Tensor], steps: int, lr: float) -> list[float]:
-    """Adam with a cosine schedule on whatever ``loss(step)`` gives; returns the loss of each step.
+    """Minimize ``loss(step)`` by Adam with a cosine schedule; returns the loss of each iteration.
 
     Raises:
-        NonFiniteError: the loss became NaN or infinite; the message says at which step.
+        NonFiniteError: the loss became NaN or infinite.
 
     Taught in notebook 01.
     """
@@ -91,7 +89,7 @@ def minimize(loss: Callable[[int], Tensor], parameters: list[Tensor], steps: int
 
 
 def statistics_gap(network: nn.Module, points: Tensor) -> float:
-    """How far the statistics of ``points`` are from those the network has stored (GDFQ Eq. 5); 0 is a match.
+    """Distance of the statistics of ``points`` from the stored ones (GDFQ Eq. 5).
 
     Taught in notebook 01.
     """
@@ -133,10 +131,10 @@ def points_from_statistics(network: nn.Module, start: Tensor, steps: int = 300) 
 
 
 class Generator(nn.Module):
-    """Points from a label and noise, ``G(z|y)`` of GDFQ: the label's embedding times z, then hidden layers.
+    """Generator of points, ``G(z|y)`` of GDFQ: the label's embedding times z, then hidden layers.
 
     Args:
-        classes: labels it can be asked for.
+        classes: number of labels.
         latent: length of the noise z.
         width: units of a hidden layer.
 
@@ -156,13 +154,13 @@ class Generator(nn.Module):
         return self.body(self.embedding(labels) * z)
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
-        """Points, shape (count, 2), and the labels they were asked for, shape (count,), balanced."""
+        """Points, shape (count, 2), and their balanced labels, shape (count,)."""
         labels = torch.arange(count) % self.embedding.num_embeddings
         return self(torch.randn(count, self.embedding.embedding_dim), labels), labels
 
     @torch.no_grad()
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """What ``sample`` gives, from the trained generator: in eval mode and without gradients."""
+        """``sample`` in eval mode and without gradients."""
         return self.eval().sample(count)
 
 
@@ -206,7 +204,7 @@ def train_generator(
 
 
 def quantize(network: nn.Module, bits: int, points: Tensor) -> nn.Module:
-    """A copy with every layer in ``bits`` bits (GDFQ Eq. 6), activation ranges from ``points``, BN fixed.
+    """A copy with every layer in ``bits`` bits (GDFQ Eq. 6), ranges calibrated on ``points``, BatchNorm fixed.
 
     Taught in notebook 01.
     """
@@ -248,7 +246,7 @@ def fine_tune(
 
 
 def from_pool(points: Tensor, labels: Tensor) -> Sampler:
-    """Draws from fixed points, with replacement."""
+    """A sampler that draws from fixed points with replacement."""
 
     def sample(count: int) -> tuple[Tensor, Tensor]:
         chosen = torch.randint(len(points), (count,))
@@ -259,13 +257,13 @@ def from_pool(points: Tensor, labels: Tensor) -> Sampler:
 
 @torch.no_grad()
 def accuracy(network: nn.Module, points: Tensor, labels: Tensor) -> float:
-    """Share of points whose label the network gives, in percent."""
+    """Accuracy in percent."""
     return 100 * (network(points).argmax(1) == labels).float().mean().item()
 
 
 @torch.no_grad()
 def unsure_share(network: nn.Module, points: Tensor, below: float = 0.9) -> float:
-    """Share of points, in percent, whose most likely class has a probability below ``below``.
+    """Percent of points whose most likely class has a probability under ``below``.
 
     Taught in notebook 01.
     """
@@ -273,7 +271,7 @@ def unsure_share(network: nn.Module, points: Tensor, below: float = 0.9) -> floa
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """How far apart two clouds of points are: ``2 E|a - b| - E|a - a'| - E|b - b'|``; 0 for the same.
+    """Energy distance ``2 E|a - b| - E|a - a'| - E|b - b'|`` of two sets of points; 0 for equal distributions.
 
     Args:
         a: shape (n, 2).
