@@ -1,4 +1,4 @@
-"""Labelled images for evaluation: scikit-learn's digits, torchvision's data sets, image folders, and a toy set.
+"""Labeled images for evaluation: scikit-learn's digits, torchvision's data sets, image folders, and a toy set.
 
 Loaders yield ``(images, labels)`` in a fixed order, with images normalized as ``(x - mean) / std`` per channel, x in
 [0, 1]. Data-free quantization itself needs none of them.

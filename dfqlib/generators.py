@@ -112,39 +112,30 @@ class ConditionalGenerator(Generator):
     Taught in notebook 04.
     """
 
+    categorical = False
+    """Whether BatchNorm depends on the label."""
+
     def __init__(self, image_shape: tuple[int, int, int], classes: int, latent: int = 100) -> None:
-        super().__init__(image_shape, latent, _known(classes), 4)
+        if classes is None:
+            raise InputError("classes=None: images by label need the number of labels, for example classes=10")
+        super().__init__(image_shape, latent, classes, 4)
         self.embedding = nn.Embedding(classes, latent)
-        self.trunk = _Trunk(image_shape, latent)
+        self.trunk = _Trunk(image_shape, latent, classes if self.categorical else None)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        return self.trunk(_embed(self.embedding, labels) * z)
+        return self.trunk(_embed(self.embedding, labels) * z, labels if self.categorical else None)
 
 
-class CategoricalBatchNormGenerator(Generator):
+class CategoricalBatchNormGenerator(ConditionalGenerator):
     """Generator after GDFQ's for ImageNet: each class has its own scale and shift in each BatchNorm.
 
-    Takes labels as ``ConditionalGenerator`` does. Here the latent vector is also multiplied by the label's embedding;
-    GDFQ's released generator for ImageNet does not multiply it.
-
-    Args:
-        image_shape: (channels, height, width), height and width divisible by 4.
-        classes: number of labels.
-        latent: length of a latent vector and of an embedding; 100 in the paper.
-
-    Raises:
-        InputError: the shape cannot be generated, or labels do not fit.
+    Here the latent vector is also multiplied by the label's embedding; GDFQ's released generator for ImageNet does not
+    multiply it. Arguments and errors are those of ``ConditionalGenerator``.
 
     Taught in notebook 04.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], classes: int, latent: int = 100) -> None:
-        super().__init__(image_shape, latent, _known(classes), 4)
-        self.embedding = nn.Embedding(classes, latent)
-        self.trunk = _Trunk(image_shape, latent, classes)
-
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        return self.trunk(_embed(self.embedding, labels) * z, labels)
+    categorical = True
 
 
 class AkdGenerator(Generator):
@@ -233,9 +224,3 @@ def _embed(table: nn.Embedding, labels: Tensor) -> Tensor:
     if low < 0 or high >= classes:
         raise InputError(f"labels must be from 0 to {classes - 1}, got {low} to {high}")
     return table(labels)
-
-
-def _known(classes: int | None) -> int:
-    if classes is None:
-        raise InputError("classes=None: images by label need the number of labels, for example classes=10")
-    return classes

@@ -126,8 +126,9 @@ class Diagnosis:
         panels = [
             (self.own_sqnr, "SQNR (dB)", "Each layer's own noise (dark: with that of its input)"),
             ({name: 100 * share for name, share in self.clipped.items()}, "clipped (%)", "Clipped values"),
-            ({} if self.step_history else self.steps, "step size after / before", "Change of step sizes"),
         ]
+        if not self.step_history:
+            panels.append((self.steps, "step size after / before", "Change of step sizes"))
         for panel, (values, label, title) in zip(axes.flat, panels, strict=False):
             panel.plot(list(values.values()), range(len(values)), "o", color="#0065A8")
             if len(values) <= 24:
@@ -136,12 +137,11 @@ class Diagnosis:
             panel.invert_yaxis()
         axes[0, 0].plot(list(self.sqnr.values()), range(len(self.sqnr)), "^", color="#222222")
         axes[0, 0].axvline(POOR_SQNR, color="#D55E00", linestyle="--")
-        for history in self.step_history.values():
-            axes[1, 0].plot(history, color="#0065A8", alpha=0.4)
         if self.step_history:
+            for history in self.step_history.values():
+                axes[1, 0].plot(history, color="#0065A8", alpha=0.4)
             axes[1, 0].set(xlabel="logged iteration", ylabel="step size / first", title="Step sizes in training")
-            axes[1, 0].set(yscale="log", ylim=None)
-            axes[1, 0].invert_yaxis()
+            axes[1, 0].set_yscale("log")
         for name, losses in self.losses.items():
             axes[1, 1].plot(losses, label=name)
         axes[1, 1].set(xlabel="logged iteration", ylabel="loss", title="Last phase")

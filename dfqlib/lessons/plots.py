@@ -1,4 +1,4 @@
-"""Figures in one style: labelled, small, readable in grayscale and with color-vision deficiency.
+"""Figures in one style: labeled, small, readable in grayscale and with color-vision deficiency.
 
 Matplotlib is imported inside the functions. Taught in notebook 01.
 """
@@ -20,10 +20,7 @@ MAX_SCATTER = 700
 
 
 def use_style() -> None:
-    """Set matplotlib's defaults for a lesson.
-
-    Taught in notebook 01.
-    """
+    """Set matplotlib's defaults for a lesson."""
     import matplotlib as mpl
     from cycler import cycler
 
@@ -48,10 +45,7 @@ def use_style() -> None:
 
 
 def png(figure: Any) -> bytes:
-    """The bytes of a PNG file with at most 64 colors; closes the figure.
-
-    Taught in notebook 01.
-    """
+    """The bytes of a PNG file with at most 64 colors; closes the figure."""
     import matplotlib.pyplot as plt
     from PIL import Image
 
@@ -64,10 +58,7 @@ def png(figure: Any) -> bytes:
 
 
 def show(figure: Any) -> Any:
-    """The figure as a small PNG, for the last expression of a cell.
-
-    Taught in notebook 01.
-    """
+    """The figure as a small PNG, for the last expression of a cell."""
     from IPython.display import Image
 
     return Image(png(figure), format="png")
@@ -80,8 +71,6 @@ def decision_map(axes: Any, network: nn.Module, extent: float) -> None:
         axes: matplotlib axes.
         network: from points of shape (n, 2) to two logits.
         extent: the map covers [-extent, extent] in both directions.
-
-    Taught in notebook 01.
     """
     side = torch.linspace(-extent, extent, 120)
     grid = torch.cartesian_prod(side, side)
@@ -99,8 +88,6 @@ def scatter(axes: Any, points: Tensor, labels: Tensor | None, extent: float) -> 
         points: shape (n, 2); the first ``MAX_SCATTER`` are drawn.
         labels: shape (n,), or None.
         extent: half the side of the drawn square; the corner shows the number of points outside.
-
-    Taught in notebook 01.
     """
     points = points.detach()
     outside = int((points.abs() > extent).any(1).sum())
@@ -128,8 +115,6 @@ def lines(axes: Any, series: Mapping[str, Sequence[float]], x: Sequence[float] |
         series: name → values.
         x: shared positions; None for 0, 1, 2, …
         **labels: ``title``, ``xlabel``, ``ylabel``, ``yscale`` of the axes.
-
-    Taught in notebook 01.
     """
     for (name, values), color, dashes in zip(series.items(), PALETTE, LINES, strict=False):
         positions = range(len(values)) if x is None else x
@@ -157,8 +142,6 @@ def bars(
         errors: name → half the length of the error bars, in the unit of the values.
         decimals: decimals of the written values.
         **labels: ``title``, ``xlabel``, ``ylabel``, ``yscale``, ``ylim`` of the axes.
-
-    Taught in notebook 01.
     """
     width = 0.8 / len(series)
     for index, (name, values) in enumerate(series.items()):
@@ -184,8 +167,6 @@ def image_grid(axes: Any, images: Tensor, mean: Sequence[float], std: Sequence[f
         mean: per channel.
         std: per channel.
         columns: images per row.
-
-    Taught in notebook 04.
     """
     shape = (1, -1, 1, 1)
     colors = images.detach().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
@@ -206,8 +187,6 @@ def layer_dots(axes: Any, series: Mapping[str, Mapping[str, float]], **labels: A
         axes: matplotlib axes.
         series: name → layer → value, the same layers in each.
         **labels: ``title``, ``xlabel``, … of the axes.
-
-    Taught in notebook 07.
     """
     layers = list(next(iter(series.values())))
     rows = range(len(layers))
@@ -230,8 +209,6 @@ def dataflow(axes: Any, edges: Sequence[tuple[str, str]], labels: Mapping[str, s
         edges: (operation, consumer), by key.
         labels: key → text of the box, in order of execution.
         marked: keys of the boxes to emphasize.
-
-    Taught in notebook 07.
     """
     from matplotlib.patches import Rectangle
 

@@ -33,8 +33,6 @@ def mlp(layers: int = 3, width: int = 16, classes: int = 2) -> nn.Sequential:
 
     Raises:
         InputError: ``layers`` or ``width`` is out of range.
-
-    Taught in notebook 01.
     """
     if not 1 <= layers <= 8:
         raise InputError(f"layers={layers} must be from 1 to 8; without one there is no BatchNorm to read")
@@ -46,15 +44,13 @@ def mlp(layers: int = 3, width: int = 16, classes: int = 2) -> nn.Sequential:
 
 
 def fit(network: nn.Module, points: Tensor, labels: Tensor, steps: int = 600) -> nn.Module:
-    """Train ``network`` on labelled points with Adam; returns it in eval mode, its weights fixed.
+    """Train ``network`` on labeled points with Adam; returns it in eval mode, its weights fixed.
 
     Args:
         network: changed in place.
         points: shape (n, 2).
         labels: shape (n,).
         steps: batches.
-
-    Taught in notebook 01.
     """
 
     def loss(_: int) -> Tensor:
@@ -70,8 +66,6 @@ def minimize(loss: Callable[[int], Tensor], parameters: list[Tensor], steps: int
 
     Raises:
         NonFiniteError: the loss became NaN or infinite.
-
-    Taught in notebook 01.
     """
     optimizer = adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
@@ -89,10 +83,7 @@ def minimize(loss: Callable[[int], Tensor], parameters: list[Tensor], steps: int
 
 
 def statistics_gap(network: nn.Module, points: Tensor) -> float:
-    """Distance of the statistics of ``points`` from the stored ones (GDFQ Eq. 5).
-
-    Taught in notebook 01.
-    """
+    """Distance of the statistics of ``points`` from the stored ones (GDFQ Eq. 5)."""
     with torch.no_grad(), batchnorm.BatchNormProbe(network) as probe:
         network(points)
         return bn_l2_loss(probe).item()
@@ -137,8 +128,6 @@ class Generator(nn.Module):
         classes: number of labels.
         latent: length of the noise z.
         width: units of a hidden layer.
-
-    Taught in notebook 01.
     """
 
     def __init__(self, classes: int = 2, latent: int = 32, width: int = 64) -> None:
@@ -204,10 +193,7 @@ def train_generator(
 
 
 def quantize(network: nn.Module, bits: int, points: Tensor) -> nn.Module:
-    """A copy with every layer in ``bits`` bits (GDFQ Eq. 6), ranges calibrated on ``points``, BatchNorm fixed.
-
-    Taught in notebook 01.
-    """
+    """A copy with every layer in ``bits`` bits (GDFQ Eq. 6), ranges calibrated on ``points``, BatchNorm fixed."""
     spec = QuantSpec(bits, bits, edge_bits=bits, granularity="channel", scheme="affine", step="fixed")
     student = quantize_layers(network, spec)
     calibrate(student, points)
@@ -263,10 +249,7 @@ def accuracy(network: nn.Module, points: Tensor, labels: Tensor) -> float:
 
 @torch.no_grad()
 def unsure_share(network: nn.Module, points: Tensor, below: float = 0.9) -> float:
-    """Percent of points whose most likely class has a probability under ``below``.
-
-    Taught in notebook 01.
-    """
+    """Percent of points whose most likely class has a probability under ``below``."""
     return 100 * (network(points).softmax(1).amax(1) < below).float().mean().item()
 
 
@@ -276,7 +259,5 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     Args:
         a: shape (n, 2).
         b: shape (m, 2).
-
-    Taught in notebook 01.
     """
     return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()

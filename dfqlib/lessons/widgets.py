@@ -21,8 +21,6 @@ def seed_everything(seed: int) -> None:
 
     Raises:
         InputError: ``seed`` is not a whole number from 0 to 2³² - 1.
-
-    Taught in notebook 01.
     """
     check_parameters({"seed": seed}, {"seed": (int, 0, 2**32 - 1)})
     random.seed(seed)
@@ -44,8 +42,6 @@ def panel(compute: Callable[..., Any], view: Callable[[Any], Any], controls: Map
     Returns:
         An ipywidgets VBox with the attributes ``controls`` (by name), ``message`` (an HTML widget), ``image`` (the
         figure) and ``result`` (the last one of ``compute``).
-
-    Taught in notebook 01.
     """
     from html import escape
 
@@ -80,8 +76,6 @@ def slider(value: float, low: float, high: float, step: float, description: str,
         step: increment, likewise.
         description: label, with the unit if there is one.
         log: logarithmic scale.
-
-    Taught in notebook 01.
     """
     import ipywidgets
 
@@ -105,8 +99,6 @@ def check_parameters(given: Mapping[str, Any], allowed: Mapping[str, tuple[Any, 
 
     Raises:
         InputError: names each invalid parameter, its value and the allowed ones.
-
-    Taught in notebook 01.
     """
     wrong = []
     for name, limits in allowed.items():
@@ -134,8 +126,6 @@ def check(exercise: str, answer: Any, expected: Any, *, hint: str, tolerance: fl
         expected: number or tensor, or a pair (smallest, largest) for a range.
         hint: shown with a wrong answer.
         tolerance: relative and absolute, for a number or tensor.
-
-    Taught in notebook 01.
     """
     if answer is None or answer is ...:
         return f"{exercise}: no answer yet"

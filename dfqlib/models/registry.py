@@ -54,7 +54,7 @@ class ModelInfo:
     def load_images(
         self, dataset: str, split: str = "test", *, data_root: str | PathLike[str] | None = None, what: str = ""
     ) -> DataLoader[tuple[Tensor, int]]:
-        """The labelled images of ``data.load_data``, with the network's preprocessing and class order.
+        """The labeled images of ``data.load_data``, with the network's preprocessing and class order.
 
         Args:
             dataset: as in ``data.load_data``.
