@@ -123,29 +123,25 @@ class BatchNormProbe:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "BatchNormProbe":
-        self._handles = [self._model.register_forward_pre_hook(self._eraser())]
-        self._handles += [layer.register_forward_pre_hook(self._recorder(name)) for name, layer in self._layers.items()]
+        names = {layer: name for name, layer in self._layers.items()}
+
+        # deepcopy copies the hooks too; those of a copy must not record.
+        def erase(model: nn.Module, _: object) -> None:
+            if model is self._model:
+                self._records.clear()
+
+        def record(layer: _BatchNorm, args: tuple[Tensor, ...]) -> None:
+            if layer in names:
+                self._records.append((names[layer], layer, args[0], _version(args[0])))
+
+        self._handles = [self._model.register_forward_pre_hook(erase)]
+        self._handles += [layer.register_forward_pre_hook(record) for layer in names]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    # deepcopy copies the hooks too; those of a copy must not record.
-    def _eraser(self) -> Any:
-        def erase(model: nn.Module, _: object) -> None:
-            if model is self._model:
-                self._records.clear()
-
-        return erase
-
-    def _recorder(self, name: str) -> Any:
-        def record(layer: _BatchNorm, args: tuple[Tensor, ...]) -> None:
-            if layer is self._layers[name]:
-                self._records.append((name, layer, args[0], _version(args[0])))
-
-        return record
 
     def __len__(self) -> int:
         """Number of BatchNorm inputs recorded in the last forward pass."""

@@ -79,11 +79,11 @@ def quantization_error(x: Tensor, clip: float | Tensor, bits: int, signed: bool 
     check_bits(bits)
     values = x.detach().flatten()
     clips = torch.as_tensor(clip, dtype=values.dtype, device=values.device)
-    errors = _grid_errors(values, torch.ones_like(values) / values.numel(), clips.reshape(-1), bits, signed)
+    errors = _errors(values, torch.ones_like(values) / values.numel(), clips.reshape(-1), bits, signed)
     return errors.reshape(clips.shape)
 
 
-def _grid_errors(values: Tensor, weights: Tensor, clips: Tensor, bits: int, signed: bool) -> Tensor:
+def _errors(values: Tensor, weights: Tensor, clips: Tensor, bits: int, signed: bool) -> Tensor:
     """Weighted squared quantization error of ``values`` for each clip, one at a time to stay in the cache."""
     smallest, largest = integer_range(bits, signed)
     errors = []
@@ -97,9 +97,9 @@ def _mse(x: Tensor, largest: float, bits: int, signed: bool) -> float:
     """Threshold of least squared error: a geometric search over three decades, then a linear one around the best."""
     values, weights = _summary(x, largest, bits)
     clips = largest * torch.logspace(-3, 0, 90)
-    best = int(_grid_errors(values, weights, clips, bits, signed).argmin())
+    best = int(_errors(values, weights, clips, bits, signed).argmin())
     finer = torch.linspace(float(clips[max(best - 1, 0)]), float(clips[min(best + 1, 89)]), 30)
-    return float(finer[_grid_errors(values, weights, finer, bits, signed).argmin()])
+    return float(finer[_errors(values, weights, finer, bits, signed).argmin()])
 
 
 def _summary(x: Tensor, largest: float, bits: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ def _aciq(x: Tensor, low: float, high: float, bits: int, signed: bool) -> float:
     bins = 201
     counts = torch.histc(x, bins, low, high)
     centers = low + (torch.arange(bins) + 0.5) * ((high - low) / bins)
-    return float(clips[_grid_errors(centers, counts, clips, bits, signed).argmin()])
+    return float(clips[_errors(centers, counts, clips, bits, signed).argmin()])
 
 
 def _laplace_clip(bits: int) -> float:

@@ -26,7 +26,8 @@ class QuantSpec:
         activation_bits: bit width of every tensor that feeds a convolution or a linear layer, 2 to 16.
         edge_bits: bit width of the first and the last layer, weights and inputs: 8 in DFQF's tables, the same as the
             other layers in GDFQ's (see ``literature``). The network's input always has 8 bits.
-        granularity: one step size per weight tensor, or one per output channel. Activations are always per tensor.
+        granularity: "tensor" for one step size per weight tensor (the default, as in DFQF), "channel" for one per
+            output channel. Activations are always quantized per tensor.
         scheme: "symmetric" (a step size, zero maps to zero; DFQF Eq. 10) or "affine" (two bounds; GDFQ Eq. 6).
         step: "learned" trains step sizes (or bounds) with the weights, "fixed" keeps the calibrated ones. A fixed
             affine weight range is computed from the weights in each forward pass, as in GDFQ.

@@ -1,6 +1,6 @@
 """The loss terms of the methods, and the objectives that sum them.
 
-Each loss is a pure function of tensors and is minimized unless it says otherwise. Three functions are no losses:
+Each loss is a pure function of tensors and is minimized unless it says otherwise. Three functions are not losses:
 ``slack_margins`` runs a network to measure the margins of ``slack_bn_loss``, ``difficulty`` weights images, and
 ``trusted_labels`` selects labels.
 """

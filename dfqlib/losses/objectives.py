@@ -37,7 +37,7 @@ def dfqf_generator_loss(
     Args:
         teacher: teacher logits of the generated images, shape (batch, classes).
         student: student logits of the same images, shape (batch, classes).
-        probe: a probe of the teacher that has seen the images.
+        probe: a probe of the teacher after a forward pass of the images.
         alpha: weight of the balance within the inception score.
         bn_weight: weight of ``bn_divergence_loss``.
         adversarial_weight: weight of ``adversarial_loss``.
@@ -61,7 +61,7 @@ def gdfq_generator_loss(
     Args:
         teacher: teacher logits of the generated images, shape (batch, classes).
         labels: what the images were generated for, as in ``label_loss``.
-        probe: a probe of the teacher that has seen the images.
+        probe: a probe of the teacher after a forward pass of the images.
         bn_weight: weight of ``bn_l2_loss``.
         variant: form of ``bn_l2_loss``, "paper" or "released".
         label_weight: weight of ``label_loss``; 1 in the paper, 0 for the ablation without it.
@@ -104,7 +104,7 @@ def akd_prior_loss(teacher: Tensor, probe: BatchNormProbe) -> Tensor:
 
     Args:
         teacher: teacher logits of the generated images, shape (batch, classes).
-        probe: a probe of the teacher that has seen the images.
+        probe: a probe of the teacher after a forward pass of the images.
 
     Taught in notebook 08.
     """
@@ -121,7 +121,7 @@ def akd_generator_loss(
     Args:
         teacher: teacher logits of this generator's images, shape (batch, classes).
         students: logits of each student on the same images.
-        probe: a probe of the teacher that has seen the images.
+        probe: a probe of the teacher after a forward pass of the images.
         alpha: weight of ``akd_prior_loss``.
 
     Raises:
@@ -176,7 +176,7 @@ def deep_inversion_loss(
     Args:
         teacher: teacher logits of the images, shape (batch, classes).
         labels: targets of the images, as in ``label_loss``.
-        probe: a probe of the teacher that has seen the images.
+        probe: a probe of the teacher after a forward pass of the images.
         images: shape (batch, channels, height, width).
         bn_weight: weight of ``bn_norm_loss`` with ``reduction="sum"``.
         tv_weight: weight of ``total_variation_loss``.

@@ -83,7 +83,7 @@ def slack_bn_loss(probe: BatchNormProbe, margins: Sequence[SlackMargin]) -> Tens
     the paper. (The released training code has ``max(|gap - delta|, 0)``, where the absolute value cancels the slack.)
 
     Args:
-        probe: a probe that has seen a forward pass.
+        probe: a probe after a forward pass.
         margins: what ``slack_margins`` measured for the same network.
 
     Returns:
@@ -106,7 +106,7 @@ def layerwise_enhancement(probe: BatchNormProbe, margins: Sequence[SlackMargin])
     the losses add. The variance is biased (ZeroQ's, which DSG's synthesis follows otherwise, is not).
 
     Args:
-        probe: a probe that has seen a forward pass of N images, or a multiple of N.
+        probe: a probe after a forward pass of N images, or a multiple of N.
         margins: what ``slack_margins`` measured for the same network.
 
     Returns:

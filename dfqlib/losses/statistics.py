@@ -15,7 +15,7 @@ def bn_norm_loss(probe: BatchNormProbe, reduction: str = "mean") -> Tensor:
     that is not squared has the same length at every distance, so no layer dominates the others.
 
     Args:
-        probe: a probe that has seen a forward pass.
+        probe: a probe after a forward pass.
         reduction: "mean" over the layers (the express recipe), or their "sum" (the paper).
 
     Returns:
@@ -43,7 +43,7 @@ def bn_divergence_loss(probe: BatchNormProbe) -> Tensor:
     prints a sum over the channels, which is larger by their number. The minimum, where the statistics agree, is not 0.
 
     Args:
-        probe: a probe that has seen a forward pass.
+        probe: a probe after a forward pass.
 
     Returns:
         Scalar tensor, differentiable in the network's input.
@@ -64,7 +64,7 @@ def bn_l2_loss(probe: BatchNormProbe, variant: str = "paper") -> Tensor:
     Computes ``||mu_hat - mu||^2 + ||v_hat - v||^2`` for each layer, with the biased variance.
 
     Args:
-        probe: a probe that has seen a forward pass.
+        probe: a probe after a forward pass.
         variant: "paper" sums over channels and layers, "released" averages over both as the authors' code does.
 
     Returns:
@@ -92,7 +92,7 @@ def bn_gaussian_kl_loss(probe: BatchNormProbe) -> Tensor:
     statistics agree. Variances are clamped at the layer's eps.
 
     Args:
-        probe: a probe that has seen a forward pass.
+        probe: a probe after a forward pass.
 
     Returns:
         Scalar tensor, differentiable in the network's input.
@@ -116,7 +116,7 @@ def zeroq_loss(probe: BatchNormProbe, images: Tensor) -> Tensor:
     left out, because one image has one value per channel there.
 
     Args:
-        probe: a probe that has seen a forward pass of ``images``.
+        probe: a probe after a forward pass of ``images``.
         images: the network's input, shape (batch, channels, height, width).
 
     Returns:

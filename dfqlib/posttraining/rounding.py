@@ -123,10 +123,12 @@ def adaround(
     errors = {}
     with torch.random.fork_rng(devices=[], enabled=session is None):
         for name, layer in layers.items():
-            target = _outputs(teacher, originals[name], images)
-            inputs = _inputs(student, layer, images)
+            original = originals[name]
+            weights = original.module.weight
+            with torch.no_grad():
+                target = _after(original)(_inputs(teacher, original, images), weights)
             errors[name] = _round_layer(
-                run, layer, originals[name].module.weight, inputs, target, steps=steps, batch=batch, lr=lr,
+                run, layer, weights, _inputs(student, layer, images), target, steps=steps, batch=batch, lr=lr,
                 weight=weight, beta=beta, warm_up=warm_up,
             )  # fmt: skip
     return errors
@@ -198,8 +200,3 @@ def _inputs(network: nn.Module, layer: Layer, images: Tensor) -> Tensor:
     with recording({layer.name: layer.module}, lambda _name, x, _output: found.append(x)):
         network(images)
     return found[0]
-
-
-def _outputs(network: nn.Module, layer: Layer, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return _after(layer)(_inputs(network, layer, images), layer.module.weight)
