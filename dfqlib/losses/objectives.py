@@ -30,7 +30,7 @@ def dfqf_generator_loss(
     bn_weight: float = 0.1,
     adversarial_weight: float = 5.0,
 ) -> Tensor:
-    """Generator's objective of DFQF (Eq. 9): ``L_is + bn_weight * L_bn + adversarial_weight * L_adv``.
+    """Generator's objective (DFQF, Eq. 9): ``L_is + bn_weight * L_bn + adversarial_weight * L_adv``.
 
     The terms are those of the released code: see ``bn_divergence_loss`` and ``adversarial_loss``.
 
@@ -56,7 +56,7 @@ def gdfq_generator_loss(
     variant: str = "paper",
     label_weight: float = 1.0,
 ) -> Tensor:
-    """Generator's objective of GDFQ (Eq. 9): ``label_weight * CE + bn_weight * BNS``.
+    """Generator's objective (GDFQ, Eq. 9): ``label_weight * CE + bn_weight * BNS``.
 
     Args:
         teacher: teacher logits of the generated images, shape (batch, classes).
@@ -80,7 +80,7 @@ def gdfq_student_loss(
     variant: str = "paper",
     label_weight: float = 1.0,
 ) -> Tensor:
-    """Quantized network's objective of GDFQ (Eq. 10): ``label_weight * CE + kd_weight * KD``.
+    """Quantized network's objective (GDFQ, Eq. 10): ``label_weight * CE + kd_weight * KD``.
 
     Args:
         student: logits of the quantized network, shape (batch, classes).

@@ -37,7 +37,7 @@ def bn_norm_loss(probe: BatchNormProbe, reduction: str = "mean") -> Tensor:
 
 
 def bn_divergence_loss(probe: BatchNormProbe) -> Tensor:
-    """Statistics term of DFQF (Eq. 7), as its released code computes it.
+    """Statistics term (DFQF, Eq. 7), as its released code computes it.
 
     Computes ``sum_l mean_c[v_hat - v log v_hat + (mu_hat - mu)^2]`` with the unbiased variance ``v_hat``. The paper
     prints a sum over the channels, which is larger by their number. The minimum, where the statistics agree, is not 0.
