@@ -1,6 +1,6 @@
 """Figures in one style: labeled, small, readable in grayscale and with color-vision deficiency.
 
-Matplotlib is imported inside the functions. Taught in notebook 01.
+Matplotlib is imported inside the functions; ``axes`` are its axes. Taught in notebook 01.
 """
 
 import io
@@ -68,7 +68,6 @@ def decision_map(axes: Any, network: nn.Module, extent: float) -> None:
     """Shade the classes of a classifier of points in the plane, and draw the boundary.
 
     Args:
-        axes: matplotlib axes.
         network: from points of shape (n, 2) to two logits.
         extent: the map covers [-extent, extent] in both directions.
     """
@@ -84,7 +83,7 @@ def scatter(axes: Any, points: Tensor, labels: Tensor | None, extent: float) -> 
     """Scatter plot of two classes (dark circles, light triangles) or of points without labels (gray crosses).
 
     Args:
-        axes: matplotlib axes; gets equal scales and the range [-extent, extent].
+        axes: get equal scales and the range [-extent, extent].
         points: shape (n, 2); the first ``MAX_SCATTER`` are drawn.
         labels: shape (n,), or None.
         extent: half the side of the drawn square; the corner shows the number of points outside.
@@ -111,7 +110,6 @@ def lines(axes: Any, series: Mapping[str, Sequence[float]], x: Sequence[float] |
     """One line per series, told apart by lightness and dash pattern.
 
     Args:
-        axes: matplotlib axes.
         series: name → values.
         x: shared positions; None for 0, 1, 2, …
         **labels: ``title``, ``xlabel``, ``ylabel``, ``yscale`` of the axes.
@@ -136,7 +134,6 @@ def bars(
     """Grouped bars with their values written on them, told apart by lightness and hatching.
 
     Args:
-        axes: matplotlib axes.
         series: name → one value per group.
         groups: names under the groups.
         errors: name → half the length of the error bars, in the unit of the values.
@@ -162,7 +159,6 @@ def image_grid(axes: Any, images: Tensor, mean: Sequence[float], std: Sequence[f
     """Draw normalized images side by side in their original colors.
 
     Args:
-        axes: matplotlib axes.
         images: shape (n, channels, height, width), 1 or 3 channels, normalized with ``mean`` and ``std``.
         mean: per channel.
         std: per channel.
@@ -184,7 +180,6 @@ def layer_dots(axes: Any, series: Mapping[str, Mapping[str, float]], **labels: A
     """One row per layer, with a marker per series and a line from the first series to the last.
 
     Args:
-        axes: matplotlib axes.
         series: name → layer → value, the same layers in each.
         **labels: ``title``, ``xlabel``, … of the axes.
     """
@@ -205,7 +200,6 @@ def dataflow(axes: Any, edges: Sequence[tuple[str, str]], labels: Mapping[str, s
     """Draw operations as boxes in a row, joined to their consumers by arrows (neighbors) and arcs (skips).
 
     Args:
-        axes: matplotlib axes.
         edges: (operation, consumer), by key.
         labels: key → text of the box, in order of execution.
         marked: keys of the boxes to emphasize.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dfqlib import data, models, synthesis
 from dfqlib.errors import InputError
+from dfqlib.lessons.widgets import check_parameters
 from dfqlib.recipes import base, express
 from dfqlib.spec import QuantSpec
 from dfqlib.training import Session, Task, calibrated_student
@@ -51,9 +52,7 @@ def open_subject(dataset: str, arch: str = "", checkpoint: str = "", data_root: 
     Taught in notebook 07.
     """
     given = {"dataset": dataset, "arch": arch, "checkpoint": checkpoint, "data_root": data_root}
-    for name, value in given.items():
-        if not isinstance(value, str):
-            raise InputError(f"{name}={value!r} must be text, in quotes")
+    check_parameters(given, dict.fromkeys(given, (str,)))
     folder = dataset.removeprefix("folder:")
     if folder == dataset and dataset not in data.NORMALIZATION:
         known = ", ".join(data.NORMALIZATION)

@@ -87,7 +87,7 @@ def gdfq_student_loss(
         teacher: teacher logits, shape (batch, classes).
         labels: what the images were generated for, as in ``label_loss``.
         kd_weight: weight of ``distillation_loss``.
-        temperature: of ``distillation_loss``.
+        temperature: of ``distillation_loss``; 20 in the released code, the paper has none.
         variant: form of ``distillation_loss``, "paper" or "released".
         label_weight: weight of ``label_loss``; 1 in the paper, 0 for the ablation without it.
 
