@@ -12,7 +12,7 @@ import torch
 
 from dfqlib.errors import InputError, NonFiniteError
 
-_TORCH_FLOOR = (2, 6)  # that of pyproject.toml; said here, before something that an older PyTorch lacks fails inside
+_TORCH_FLOOR = (2, 6)  # as in pyproject.toml; checked before an import fails for lack of something newer
 if tuple(map(int, torch.__version__.split(".")[:2])) < _TORCH_FLOOR:
     raise InputError(
         f"dfqlib needs torch {'.'.join(map(str, _TORCH_FLOOR))} or newer, this is {torch.__version__}; "
@@ -35,7 +35,7 @@ from dfqlib.recipes import Report, distill, quantize
 from dfqlib.spec import QuantSpec
 
 for _alias, _module in {"integer": integer, "export": export, "export.verify": verify}.items():
-    sys.modules[f"dfqlib.{_alias}"] = _module  # where they were in the first edition
+    sys.modules[f"dfqlib.{_alias}"] = _module  # names from before the modules moved into packages
 
 __version__ = "0.1.0"
 

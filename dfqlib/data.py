@@ -1,11 +1,12 @@
-"""Images to evaluate on: scikit-learn's digits, torchvision's sets, folders of images, and a toy set.
+"""Labeled images for evaluation: scikit-learn's digits, torchvision's data sets, image folders, and a toy set.
 
-A loader gives ``(images, labels)`` in a fixed order, images normalized as the teacher expects them:
-``(x - mean) / std`` per channel with x in [0, 1]. Quantization itself needs none of this.
+Loaders yield ``(images, labels)`` in a fixed order, with images normalized as ``(x - mean) / std`` per channel, x in
+[0, 1]. Data-free quantization itself needs none of them.
 """
 
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from dfqlib.errors import InputError
 from dfqlib.network._torchvision import import_torchvision
 
-__all__ = ["NORMALIZATION", "ImageDataset", "image_folder", "images_and_labels", "load_data", "toy_boundary"]
-
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DIGIT_CLASSES = tuple("0123456789")
-DIGITS_TEST_IMAGES = 500
 
-# Mean and standard deviation per channel, as the networks of models.py or the literature's were trained with.
 NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "digits": ((0.3052,), (0.3185,)),
     "mnist": ((0.1307,), (0.3081,)),
@@ -34,26 +31,22 @@ NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
     "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
 }
+"""Mean and standard deviation per channel that the networks of ``dfqlib.models`` and the literature use."""
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Images kept as bytes and normalized when they are read.
+    """Images stored as bytes and normalized on access.
 
     Attributes:
         images: uint8, shape (N, C, H, W).
         labels: int64, shape (N,), positions in ``classes``.
         classes: names of the classes.
-        mean: subtracted from each channel of an image in [0, 1]; shape (C, 1, 1).
-        std: what each channel is then divided by; shape (C, 1, 1).
+        mean: per channel of images in [0, 1], shape (C, 1, 1).
+        std: likewise.
     """
 
     def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        classes: Sequence[str],
-        mean: Sequence[float],
-        std: Sequence[float],
+        self, images: Tensor, labels: Tensor, classes: Sequence[str], mean: Sequence[float], std: Sequence[float]
     ) -> None:
         _require_normalization(mean, std)
         if len(mean) != images.shape[1]:
@@ -82,23 +75,23 @@ def load_data(
     classes: Sequence[str] | None = None,
     batch_size: int = 256,
 ) -> DataLoader[tuple[Tensor, int]]:
-    """A data set by name, in its fixed order.
+    """A data set by name.
 
     Args:
         name: "digits" (needs no download), "mnist", "cifar10", "cifar100", "svhn", or "folder:<path>".
-        split: "train" or "test". A folder is one split already, whatever is said here.
-        data_root: where torchvision's sets lie or are downloaded to; None takes the environment variable
+        split: "train" or "test"; ignored for a folder.
+        data_root: folder of torchvision's data sets, downloaded if missing; None for the environment variable
             DFQLIB_DATA, or else ``~/.cache/dfqlib``.
-        mean: per channel, of images in [0, 1]; None takes ``NORMALIZATION[name]``. A folder needs it given.
+        mean: per channel, of images in [0, 1]; None for ``NORMALIZATION[name]``. A folder requires it.
         std: likewise.
         classes: for a folder, see :func:`image_folder`.
-        batch_size: images in a batch.
+        batch_size: images per batch.
 
     Returns:
         DataLoader over an :class:`ImageDataset`; batches of images (B, C, H, W) and labels (B,).
 
     Raises:
-        InputError: unknown name or split, nothing on disk and no network, a folder without mean and std.
+        InputError: unknown name or split, data neither on disk nor downloadable, a folder without mean and std.
 
     Taught in notebook 07.
     """
@@ -125,21 +118,21 @@ def image_folder(
     batch_size: int = 256,
     classes: Sequence[str] | None = None,
 ) -> DataLoader[tuple[Tensor, int]]:
-    """Images laid out as ``<class>/<image>``, ordered by class and file name, all decoded into memory once.
+    """Images of a folder ``<class>/<image>``, ordered by class and file name and decoded into memory once.
 
     Args:
-        path: the folder that holds one folder per class.
-        mean: per channel, of images in [0, 1]. One value reads the images as grey, three as RGB.
+        path: folder with one folder per class.
+        mean: per channel, of images in [0, 1]. One value reads the images as gray, three as RGB.
         std: likewise.
-        batch_size: images in a batch.
-        classes: all class names in the order of the network's outputs; the folder may hold only some of them.
-            None labels by the sorted folder names.
+        batch_size: images per batch.
+        classes: class names in the order of the network's outputs, of which the folder may have a subset. None
+            numbers the sorted folder names.
 
     Returns:
         DataLoader over an :class:`ImageDataset`.
 
     Raises:
-        InputError: a missing or empty folder or class, a folder that is no class, a file that is no image,
+        InputError: a missing or empty folder or class, a folder that is not a class, a file that is not an image,
             images of different sizes.
 
     Taught in notebook 07.
@@ -165,36 +158,33 @@ def image_folder(
 
 
 def images_and_labels(loader: DataLoader[tuple[Tensor, int]], limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """The loader's images (N, C, H, W) and labels (N,) as two tensors, the first ``limit`` of them.
+    """The first ``limit`` images (N, C, H, W) and labels (N,) of a loader as two tensors.
 
     Raises:
         InputError: ``limit`` is below 1, or the loader is empty.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit} must be at least 1, or None for all images")
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
-    count = 0
-    for batch_images, batch_labels in loader:
-        images.append(batch_images)
-        labels.append(batch_labels)
-        count += len(batch_images)
-        if limit is not None and count >= limit:
+    batches: list[tuple[Tensor, Tensor]] = []
+    for batch in loader:
+        batches.append(batch)
+        if limit is not None and sum(len(labels) for _, labels in batches) >= limit:
             break
-    if not images:
+    if not batches:
         raise InputError("the loader holds no images")
-    return torch.cat(images)[:limit], torch.cat(labels)[:limit]
+    images, labels = (torch.cat(parts)[:limit] for parts in zip(*batches, strict=True))
+    return images, labels
 
 
 def toy_boundary(n: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Points of two classes on either side of a wave (after GDFQ, section 5.2 and Fig. 1).
+    """Points of two classes, separated by a sine wave (after GDFQ, section 5.2 and Fig. 1).
 
-    Points are uniform on [-4, 4] x [-4, 4]; class 1 lies above the curve ``x2 = 2 sin(x1)``, class 0 below.
-    The curve is point-symmetric, so both classes are equally likely.
+    Points are uniform on [-4, 4] x [-4, 4]; class 1 lies above the curve ``x2 = 2 sin(x1)``, class 0 below it. Both
+    classes are equally likely.
 
     Args:
         n: number of points, at least 1.
-        seed: of the points.
+        seed: seed of the points.
 
     Returns:
         Points, float32 of shape (n, 2), and labels, int64 of shape (n,).
@@ -210,12 +200,20 @@ def toy_boundary(n: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
     return points, (points[:, 1] > 2 * torch.sin(points[:, 0])).long()
 
 
+def check_image_shape(image_shape: Any) -> None:
+    """Raise InputError unless ``image_shape`` is (channels, height, width)."""
+    sides = list(image_shape) if isinstance(image_shape, tuple | list) else []
+    whole = all(isinstance(side, Integral) and not isinstance(side, bool) and int(side) > 0 for side in sides)
+    if len(sides) != 3 or not whole:
+        raise InputError(f"image_shape={image_shape!r} must be (channels, height, width), for example (3, 32, 32)")
+
+
 def _require_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
     for name, values in (("mean", mean), ("std", std)):
         if not isinstance(values, Sequence | np.ndarray | Tensor) or isinstance(values, str):
             raise InputError(f"{name}={values!r} must be one value per channel, for example (0.5,) or (0.5, 0.5, 0.5)")
     if len(mean) != len(std) or len(mean) not in (1, 3):
-        raise InputError(f"mean={tuple(mean)}, std={tuple(std)}: give one value each for grey images, three for RGB")
+        raise InputError(f"mean={tuple(mean)}, std={tuple(std)}: give one value each for gray images, three for RGB")
     if not np.isfinite([*mean, *std]).all() or min(std) <= 0:
         raise InputError(f"mean={tuple(mean)}, std={tuple(std)}: values must be finite and std above 0")
     if max(*mean, *std) > 1:
@@ -225,7 +223,7 @@ def _require_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
 
 
 def _digits(split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """scikit-learn's 1,797 digits at 16x16, stratified into 1,297 and 500, the same everywhere."""
+    """scikit-learn's 1,797 digits at 16x16, in a fixed stratified split of 1,297 and 500."""
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -233,19 +231,17 @@ def _digits(split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         raise InputError('dataset="digits" needs scikit-learn; pip install "dfqlib[notebooks]"') from error
 
     bunch: Any = load_digits()
-    parts = train_test_split(
-        np.arange(len(bunch.target)), test_size=DIGITS_TEST_IMAGES, stratify=bunch.target, random_state=0
-    )
+    parts = train_test_split(np.arange(len(bunch.target)), test_size=500, stratify=bunch.target, random_state=0)
     chosen = torch.from_numpy(np.sort(parts[split == "test"]))
-    grey = torch.from_numpy(bunch.images).float()[chosen, None] * (255 / 16)  # stored as 0 … 16
-    images = F.interpolate(grey, size=16, mode="bilinear").round().to(torch.uint8)
+    gray = torch.from_numpy(bunch.images).float()[chosen, None] * (255 / 16)  # stored as 0 … 16
+    images = F.interpolate(gray, size=16, mode="bilinear").round().to(torch.uint8)
     return images, torch.from_numpy(bunch.target)[chosen].long(), DIGIT_CLASSES
 
 
 def _from_torchvision(
     name: str, split: str, data_root: str | PathLike[str] | None
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images (N, C, H, W) as bytes, labels, class names; torchvision downloads and checks what is absent."""
+    """Images (N, C, H, W) as bytes, labels, class names; torchvision downloads and checks missing files."""
     root = Path(data_root or os.environ.get("DFQLIB_DATA") or Path.home() / ".cache" / "dfqlib")
     datasets = import_torchvision().datasets
     try:
@@ -267,7 +263,7 @@ def _from_torchvision(
 
 
 def _folder(path: str) -> Any:
-    """torchvision's ImageFolder without hidden folders and files, which programs and systems leave behind."""
+    """torchvision's ImageFolder without hidden folders and files."""
     datasets = import_torchvision().datasets
 
     class Visible(datasets.ImageFolder):  # type: ignore[name-defined]
@@ -305,12 +301,12 @@ def _decode(files: Sequence[Path], mode: str) -> Tensor:
 
 
 def _pixels(image: Any, mode: str) -> np.ndarray:
-    """Bytes of shape (H, W) or (H, W, 3), upright; 16 bits are rounded to 8."""
+    """Bytes of shape (H, W) or (H, W, 3), rotated as EXIF says; 16 bits are rounded to 8."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise InputError(f"has 32-bit numbers (mode {image.mode}) of no known range; save it with 8 or 16 bits")
+        raise InputError(f"has 32-bit numbers (mode {image.mode}) of unknown range; save it with 8 or 16 bits")
     return np.asarray(image.convert(mode))

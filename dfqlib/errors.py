@@ -1,13 +1,13 @@
-"""The errors that bad input raises: one line that names the argument, the value and the remedy."""
+"""Errors for bad input: one line that names the argument, the value and the remedy."""
 
 
 class InputError(ValueError):
-    """Something passed in cannot be used; the command line prints the message and exits with code 2."""
+    """An argument cannot be used; the command line prints the message and exits with code 2."""
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows below the cell: the message, without the way through the library (IPython's hook)."""
+        """IPython's hook: a notebook shows the message without the traceback."""
         return [f"{type(self).__name__}: {self}"]
 
 
 class NonFiniteError(InputError):
-    """A weight, a statistic or a loss became NaN or infinite; the message names the layer or the step."""
+    """A weight, a statistic or a loss became NaN or infinite; the message names the layer or the iteration."""

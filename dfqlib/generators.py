@@ -1,9 +1,8 @@
-"""Generator networks: noise in, images out, trained against a fixed teacher.
+"""Generator networks: latent vectors to images, trained against a fixed teacher.
 
-They share a protocol: ``generator(z)`` or ``generator(z, labels)`` maps latent vectors to images,
-``generator.sample(n)`` draws the vectors first. Every one ends in Tanh and a BatchNorm without scale and
-shift, so that its images have mean 0 and deviation 1 in each color, like a normalized data set. Taught in
-notebook 04.
+``generator(z)`` or ``generator(z, labels)`` maps latent vectors to images, ``generator.sample(n)`` also draws the
+vectors. All end in Tanh and a BatchNorm without scale and shift, so that their images have mean 0 and deviation 1 per
+channel, like normalized data. Taught in notebook 04.
 """
 
 import math
@@ -12,26 +11,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfqlib.data import check_image_shape
 from dfqlib.errors import InputError
 
 BN_EPS = 0.8
 """eps of BatchNorm after the convolutions of the DFQF and GDFQ trunk.
 
-The published ``BatchNorm2d(C, 0.8)`` sets eps, not the momentum: channels of little variance stay small."""
+The second argument of the published ``BatchNorm2d(C, 0.8)`` is eps, not the momentum."""
 
 
 class Generator(nn.Module):
-    """What the generators share.
+    """Base class of the generators.
 
     Attributes:
         image_shape: (channels, height, width) of the images.
         latent: length of a latent vector.
-        classes: number of labels it takes, or None when it takes none.
+        classes: number of labels, or None for a generator without labels.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], latent: int, classes: int | None, multiple: int) -> None:
         super().__init__()
-        _check_image_shape(image_shape, multiple)
+        check_image_shape(image_shape)
+        if image_shape[1] % multiple or image_shape[2] % multiple:
+            raise InputError(
+                f"image_shape={image_shape} needs height and width divisible by {multiple} for this generator"
+            )
         for name, count in (("latent", latent), ("classes", classes)):
             if count is not None and count < 1:
                 raise InputError(f"{name}={count} must be 1 or more")
@@ -43,14 +47,13 @@ class Generator(nn.Module):
         """Images of latent vectors drawn from a standard normal.
 
         Args:
-            n: how many.
-            labels: of shape (n,), or mixtures of shape (n, classes); drawn at random where a generator
-                that takes labels is
-                given none.
+            n: number of images.
+            labels: of shape (n,), or mixtures of shape (n, classes); drawn uniformly when a generator with labels
+                gets none.
             rng: source of randomness; torch's global one by default.
 
         Returns:
-            Images of shape (n, channels, height, width), with gradients to the generator.
+            Images of shape (n, channels, height, width), differentiable in the generator's weights.
 
         Raises:
             InputError: ``n`` is not positive, or ``labels`` do not fit the generator.
@@ -69,11 +72,14 @@ class Generator(nn.Module):
 
 
 class UnconditionalGenerator(Generator):
-    """The generator of DFQF and DAFL: two upsampling convolutions from a quarter of the image's size.
+    """Generator of the released code of DFQF and DAFL: two upsampling convolutions from a quarter of the image's size.
+
+    DFQF's text names only DCGAN as its architecture. Weights here keep PyTorch's initialization; DFQF's released code
+    draws them from N(0, 0.02).
 
     Args:
         image_shape: (channels, height, width), height and width divisible by 4.
-        latent: length of a latent vector; 1000 in both papers.
+        latent: length of a latent vector; 1000 in the released code of both.
 
     Raises:
         InputError: the shape cannot be generated.
@@ -90,35 +96,10 @@ class UnconditionalGenerator(Generator):
 
 
 class ConditionalGenerator(Generator):
-    """The generator of GDFQ for small images: the latent vector is multiplied by an embedding of the label.
+    """Generator of GDFQ for small images: the latent vector is multiplied by an embedding of the label.
 
-    ``forward(z, labels)`` takes labels of shape (batch,), or mixtures of shape (batch, classes) that
-    superpose the embeddings (Qimera).
-
-    Args:
-        image_shape: (channels, height, width), height and width divisible by 4.
-        classes: number of labels.
-        latent: length of a latent vector and of an embedding; 100 in the paper.
-
-    Raises:
-        InputError: the shape cannot be generated, or labels do not fit.
-
-    Taught in notebook 04.
-    """
-
-    def __init__(self, image_shape: tuple[int, int, int], classes: int, latent: int = 100) -> None:
-        super().__init__(image_shape, latent, _known(classes), 4)
-        self.embedding = nn.Embedding(classes, latent)
-        self.trunk = _Trunk(image_shape, latent)
-
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        return self.trunk(_embed(self.embedding, labels) * z)
-
-
-class CategoricalBatchNormGenerator(Generator):
-    """The generator of GDFQ for ImageNet: each class has its own scale and shift in each BatchNorm.
-
-    Takes labels as ``ConditionalGenerator`` does.
+    ``forward(z, labels)`` takes labels of shape (batch,), or mixtures of shape (batch, classes) that superpose the
+    embeddings (Qimera).
 
     Args:
         image_shape: (channels, height, width), height and width divisible by 4.
@@ -131,17 +112,34 @@ class CategoricalBatchNormGenerator(Generator):
     Taught in notebook 04.
     """
 
+    categorical = False
+    """Whether BatchNorm depends on the label."""
+
     def __init__(self, image_shape: tuple[int, int, int], classes: int, latent: int = 100) -> None:
-        super().__init__(image_shape, latent, _known(classes), 4)
+        if classes is None:
+            raise InputError("classes=None: images by label need the number of labels, for example classes=10")
+        super().__init__(image_shape, latent, classes, 4)
         self.embedding = nn.Embedding(classes, latent)
-        self.trunk = _Trunk(image_shape, latent, classes)
+        self.trunk = _Trunk(image_shape, latent, classes if self.categorical else None)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        return self.trunk(_embed(self.embedding, labels) * z, labels)
+        return self.trunk(_embed(self.embedding, labels) * z, labels if self.categorical else None)
+
+
+class CategoricalBatchNormGenerator(ConditionalGenerator):
+    """Generator after GDFQ's for ImageNet: each class has its own scale and shift in each BatchNorm.
+
+    Here the latent vector is also multiplied by the label's embedding; GDFQ's released generator for ImageNet does not
+    multiply it. Arguments and errors are those of ``ConditionalGenerator``.
+
+    Taught in notebook 04.
+    """
+
+    categorical = True
 
 
 class AkdGenerator(Generator):
-    """The generator of AKD: three upsampling convolutions from an eighth of the image's size.
+    """Generator of AKD: three upsampling convolutions from an eighth of the image's size.
 
     Args:
         image_shape: (channels, height, width), height and width divisible by 8.
@@ -169,7 +167,7 @@ class AkdGenerator(Generator):
 
 
 class _Trunk(nn.Module):
-    """Latent vectors to images by way of a quarter of their size; BatchNorm by class on request."""
+    """Latent vectors to images from a quarter of their size; ``classes`` makes the BatchNorm categorical."""
 
     def __init__(self, image_shape: tuple[int, int, int], latent: int, classes: int | None = None) -> None:
         super().__init__()
@@ -210,12 +208,11 @@ def _norm(channels: int, eps: float, classes: int | None) -> nn.Module:
 
 
 def _to_image(features: int, channels: int) -> list[nn.Module]:
-    """Features to normalized colors."""
     return [nn.Conv2d(features, channels, 3, padding=1), nn.Tanh(), nn.BatchNorm2d(channels, affine=False)]
 
 
 def _embed(table: nn.Embedding, labels: Tensor) -> Tensor:
-    """Rows of a table for labels (batch,), or mixtures of them for weights (batch, classes)."""
+    """Rows of ``table`` for labels (batch,), or their weighted sums for mixtures (batch, classes)."""
     classes = table.num_embeddings
     if labels.is_floating_point():
         if labels.dim() != 2 or labels.shape[1] != classes:
@@ -227,16 +224,3 @@ def _embed(table: nn.Embedding, labels: Tensor) -> Tensor:
     if low < 0 or high >= classes:
         raise InputError(f"labels must be from 0 to {classes - 1}, got {low} to {high}")
     return table(labels)
-
-
-def _known(classes: int | None) -> int:
-    if classes is None:
-        raise InputError("classes=None: images by label need the number of labels, for example classes=10")
-    return classes
-
-
-def _check_image_shape(image_shape: tuple[int, int, int], multiple: int) -> None:
-    if len(image_shape) != 3 or min(image_shape) < 1:
-        raise InputError(f"image_shape={image_shape} must be (channels, height, width), for example (3, 32, 32)")
-    if image_shape[1] % multiple or image_shape[2] % multiple:
-        raise InputError(f"image_shape={image_shape} needs height and width divisible by {multiple} for this generator")

@@ -1,4 +1,4 @@
-"""What a quantized network looks like: widths, granularity, scheme, and which tensors are stored in n bits."""
+"""Specification of a quantized network: bit widths, granularity, scheme, step sizes and skip connections."""
 
 import dataclasses
 import re
@@ -14,26 +14,27 @@ Step = Literal["learned", "fixed"]
 Skip = Literal["quantized", "float"]
 
 INPUT_BITS = 8
-"""Width of the network's input, whatever the rest is: images are stored in 8 bits anyway."""
+"""Bit width of the network's input in every specification: images are stored in 8 bits anyway."""
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """What a quantized network looks like.
+    """How a network is quantized.
 
     Attributes:
-        weight_bits: width of the weights, 2 to 16.
-        activation_bits: width of every tensor that feeds a conv or a linear layer, 2 to 16.
-        edge_bits: width of the first and the last layer, weights and inputs (DFQF: 8; set it to the other widths
-            for "all layers n-bit", the protocol of GDFQ's tables). The network's input always has 8 bits.
-        granularity: one step for a weight tensor, or one per output channel. Activations are always per tensor.
-        scheme: "symmetric" (a step, zero maps to zero; DFQF Eq. 10) or "affine" (two bounds; GDFQ Eq. 6).
-        step: "learned" trains steps (or bounds) with the weights; "fixed" keeps what calibration found; a fixed
-            affine weight range follows the weights at each forward pass, as GDFQ's does.
-        skip: "quantized" stores a tensor once for all its consumers, the skip connection included; "float" shows
-            n bits to the layers only, as many later papers silently do.
-        layers: widths of the weights of single layers by name, over all of the above (``sensitivity`` finds good
-            ones); given as a mapping, kept as sorted pairs.
+        weight_bits: bit width of the weights, 2 to 16.
+        activation_bits: bit width of every tensor that feeds a convolution or a linear layer, 2 to 16.
+        edge_bits: bit width of the first and the last layer, weights and inputs: 8 in DFQF's tables, the same as the
+            other layers in GDFQ's (see ``literature``). The network's input always has 8 bits.
+        granularity: "tensor" for one step size per weight tensor (the default, as in DFQF), "channel" for one per
+            output channel. Activations are always quantized per tensor.
+        scheme: "symmetric" (a step size, zero maps to zero; DFQF Eq. 10) or "affine" (two bounds; GDFQ Eq. 6).
+        step: "learned" trains step sizes (or bounds) with the weights, "fixed" keeps the calibrated ones. A fixed
+            affine weight range is computed from the weights in each forward pass, as in GDFQ.
+        skip: "quantized" quantizes a tensor once for all its consumers, the skip connection included; "float"
+            quantizes it for the layers only, as many later papers do without saying so.
+        layers: bit widths of the weights of single layers by name, in place of the above (``sensitivity`` proposes
+            some); given as a mapping, kept as sorted pairs.
 
     Taught in notebook 07.
     """
@@ -50,12 +51,10 @@ class QuantSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(sorted((str(name), bits) for name, bits in dict(self.layers).items())))
         for layer, bits in dict(self.layers).items():
-            if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 16:
+            if not _is_bit_width(bits):
                 raise InputError(f'layers: "{layer}" has {bits!r} bits; give a whole number from 2 to 16')
         for name in ("weight_bits", "activation_bits", "edge_bits"):
-            bits = getattr(self, name)
-            if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 16:
-                raise InputError(f"{name}={bits!r} must be a whole number from 2 to 16")
+            check_bits(getattr(self, name), name)
         choices = {"granularity": Granularity, "scheme": Scheme, "step": Step, "skip": Skip}
         for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
@@ -64,9 +63,9 @@ class QuantSpec:
 
     @classmethod
     def parse(cls, bits: "str | QuantSpec | Mapping[str, Any]", **changes: Any) -> "QuantSpec":
-        """Read ``"w4a4"`` (any case) into a spec; a QuantSpec passes through. ``changes`` set the other fields.
+        """A specification from ``"w4a4"`` (any case), from another one, or from a mapping; ``changes`` set fields.
 
-        A mapping gives weight widths by layer name, and under "default" what holds for the rest ("w4a4"), such as
+        A mapping gives weight bit widths by layer name, and under "default" those of the other layers:
         ``{"default": "w4a4", "layer1.0.conv1": 8}``.
 
         Raises:
@@ -90,7 +89,7 @@ class QuantSpec:
 
     @classmethod
     def literature(cls, bits: int, **changes: Any) -> "QuantSpec":
-        """The protocol of GDFQ's tables and most after it: all layers at this width, weights per output channel."""
+        """The protocol of GDFQ's tables and most after it: all layers at ``bits``, weights per output channel."""
         fields: dict[str, Any] = {"edge_bits": bits, "granularity": "channel"} | changes
         return cls(bits, bits, **fields)
 
@@ -101,10 +100,20 @@ class QuantSpec:
         return f"W{self.weight_bits}A{self.activation_bits} ({ends}, per {self.granularity}, {kind}{single})"
 
     def weight_bits_of(self, layer: str, at_edge: bool) -> int:
-        """Width of the weights of a layer, the first and the last one being at the edge."""
+        """Bit width of a layer's weights; ``at_edge`` for the first and the last layer."""
         return dict(self.layers).get(layer, self.edge_bits if at_edge else self.weight_bits)
 
 
+def check_bits(bits: Any, name: str = "bits") -> None:
+    """Raise InputError unless ``bits``, the argument ``name``, is a whole number from 2 to 16."""
+    if not _is_bit_width(bits):
+        raise InputError(f"{name}={bits!r} must be a whole number from 2 to 16")
+
+
+def _is_bit_width(bits: Any) -> bool:
+    return isinstance(bits, int) and not isinstance(bits, bool) and 2 <= bits <= 16
+
+
 def integer_range(bits: int, signed: bool) -> tuple[int, int]:
-    """Smallest and largest code of ``bits`` bits: [-2^(n-1), 2^(n-1) - 1], or [0, 2^n - 1] unsigned."""
+    """Smallest and largest integer value of ``bits`` bits: [-2^(n-1), 2^(n-1) - 1], or [0, 2^n - 1] unsigned."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)

@@ -1,4 +1,4 @@
-"""Images without data: pixels optimized until the teacher's BatchNorm layers see what they remember.
+"""Synthesis of images: pixels optimized by the teacher's losses, or drawn from a trained generator.
 
 Taught in notebook 03.
 """
@@ -20,16 +20,16 @@ from dfqlib.training.session import LOOK_EVERY, Stateful
 
 Losses = Mapping[str, Tensor]
 Objective = Callable[[Tensor, Tensor, BatchNormProbe, Tensor], Losses]
-"""(images, the teacher's logits, its probe, labels) -> losses by name, of which "loss" is minimized."""
+"""(images, the teacher's logits, its probe, labels) to losses by name, of which "loss" is minimized."""
 Schedule = LRScheduler | ReduceLROnPlateau
 MakeOptimizer = Callable[[list[nn.Parameter]], tuple[Optimizer, Schedule]]
 
 PLATEAU = 2 * LOOK_EVERY
-"""Steps over which a loss is averaged before one says that it no longer falls."""
+"""Iterations over which a loss is averaged to decide whether it still falls."""
 
 
 class _Canvas(nn.Module):
-    """The pixels being optimized, in a module so that a checkpoint can hold them."""
+    """The optimized pixels, in a module so that a resume file can hold them."""
 
     def __init__(self, pixels: Tensor) -> None:
         super().__init__()
@@ -55,18 +55,18 @@ def from_noise(
 
     Args:
         teacher: the trained network, frozen and in eval mode, its BatchNorm layers intact.
-        labels: the class each image is to show, shape (N,); an objective may ignore them.
+        labels: target class of each image, shape (N,); an objective may ignore them.
         image_shape: (channels, height, width).
-        objective: what the images are to minimize.
+        objective: losses of the images.
         optimizer: makes the optimizer of a batch's pixels and its learning rate schedule.
-        steps: optimization steps for each batch.
-        session: progress, history, checkpoint.
+        steps: iterations for each batch.
+        session: progress, history, resume file.
         batch: images optimized together; BatchNorm statistics are matched over the batch.
-        first_batch: number of the first batch: a run that makes images again goes on counting, for other noise.
-        augment: random change of the images before the teacher sees them, such as ``shift_and_flip``.
-        bf16: run the teacher in bfloat16 where the processor has it: about twice as fast.
-        plateau: end a batch early, in the last quarter of its steps, where its loss falls by less than this share in
-            ``PLATEAU`` of them; 0 never does.
+        first_batch: number of the first batch, which seeds its noise: a second call in a run continues the count.
+        augment: random change of the images before the teacher runs, such as ``shift_and_flip``.
+        bf16: run the teacher in bfloat16 where the processor supports it.
+        plateau: end a batch early, in the last quarter of its iterations, when its loss falls by less than this
+            fraction within ``PLATEAU`` iterations; 0 never ends early.
 
     Returns:
         Images in the teacher's normalized space, shape (N, channels, height, width).
@@ -97,15 +97,15 @@ def from_noise(
 
 
 def _is_flat(share: float, steps: int, rows: list[dict[str, Any]]) -> bool:
-    """Whether the loss's mean over the last ``PLATEAU`` steps is hardly below that of as many steps before.
+    """Whether the mean loss of the last ``PLATEAU`` iterations is at least ``1 - share`` of that of the ones before.
 
-    In the last quarter only: before, while the learning rate is high, a loss that rests may fall again.
+    Checked in the last quarter only; at the earlier, higher learning rates a plateau is often temporary.
     """
     if rows[-1]["step"] < 0.75 * steps:
         return False
-    looks = PLATEAU // LOOK_EVERY
+    count = PLATEAU // LOOK_EVERY
     values = [row["loss"] for row in rows]
-    return len(values) >= 2 * looks and sum(values[-looks:]) > (1 - share) * sum(values[-2 * looks : -looks])
+    return len(values) >= 2 * count and sum(values[-count:]) > (1 - share) * sum(values[-2 * count : -count])
 
 
 def _descend(losses: Callable[[], Losses], optimizer: Optimizer, schedule: Schedule, _: int) -> Losses:
@@ -121,7 +121,7 @@ def _descend(losses: Callable[[], Losses], optimizer: Optimizer, schedule: Sched
 
 
 def adam(lr: float, cosine_steps: int | None = None) -> MakeOptimizer:
-    """Adam, with a learning rate that falls to zero along a cosine of that many steps, or with a constant one."""
+    """Adam with a learning rate that falls to 0 along a cosine of ``cosine_steps``, or stays constant without them."""
 
     def make(pixels: list[nn.Parameter]) -> tuple[Optimizer, Schedule]:
         chosen = training.adam(pixels, lr)
@@ -133,7 +133,7 @@ def adam(lr: float, cosine_steps: int | None = None) -> MakeOptimizer:
 
 
 def adam_on_plateaus(lr: float, patience: int) -> MakeOptimizer:
-    """Adam whose learning rate is divided by ten once the loss has not improved for ``patience`` steps (ZeroQ)."""
+    """Adam whose learning rate is divided by ten when the loss has not improved for ``patience`` steps (ZeroQ)."""
 
     def make(pixels: list[nn.Parameter]) -> tuple[Optimizer, Schedule]:
         chosen = training.adam(pixels, lr)
@@ -143,7 +143,7 @@ def adam_on_plateaus(lr: float, patience: int) -> MakeOptimizer:
 
 
 def balanced_labels(count: int, classes: int, device: torch.device | str = "cpu") -> Tensor:
-    """``count`` labels that run through all classes in turn, shape (count,)."""
+    """``count`` labels that cycle through the classes, shape (count,)."""
     return torch.arange(count, device=device) % classes
 
 

@@ -99,6 +99,17 @@ def test_variance_does_not_cancel_far_from_zero() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (4, 3, 2, 5)])
+def test_the_fast_statistics_and_their_gradient_are_those_of_the_plain_form(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    results = []
+    for statistics in (batchnorm.batch_statistics, batchnorm._BatchStatistics.apply):
+        mean, var = statistics(leaf := x.clone().requires_grad_())
+        (mean.exp() * var).sum().backward()
+        results.append((mean.detach(), var.detach(), leaf.grad))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 3, 2, 5)])
 def test_gradient_of_the_statistics(shape: tuple[int, ...]) -> None:
     def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         return batchnorm.LayerInput("", x, torch.zeros(3), torch.ones(3), 1e-5).statistics()

@@ -1,1 +1,1 @@
-"""How good a quantized network and its synthetic images are, and where the loss comes from."""
+"""Accuracy of quantized networks, sensitivity of their layers, and diversity of synthetic images."""

@@ -1,4 +1,4 @@
-"""Where bits are lost, and what to try next.
+"""Diagnosis of a quantized network: the layers with the most quantization noise, and what to try next.
 
 Taught in notebook 11.
 """
@@ -13,23 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib.errors import InputError
-from dfqlib.evaluation.metrics import agreement, sqnr
+from dfqlib.evaluation.metrics import agreement, layers_of, recording, sqnr
 from dfqlib.network.inference import Batches, as_images, predict
 from dfqlib.quantizer import Quantizer, StepQuantizer, quantizers
 from dfqlib.quantizer.plain import float_network
 
 POOR_SQNR = 10.0
-"""Decibels below which a layer's output is more noise than its next layer can use."""
+"""Decibels of a layer's output below which its noise is probably too large."""
 MUCH_CLIPPED = 0.05
-"""Share of a tensor beyond its range from which the range is the likely culprit."""
+"""Share of clipped values above which the range is probably too small."""
 DOMINATED = 10.0
-"""Decibels that a layer's median channel may lie below the layer as a whole before a few channels set its range."""
+"""Decibels between a layer and its median channel above which a few channels determine its range."""
 POOR_AGREEMENT = 90.0
-"""Percent of the synthetic images below which the student has not even learned those."""
+"""Percent of agreement on the synthetic images below which fine-tuning was too short."""
 
 
 class Run(Protocol):
-    """What ``dfqlib.quantize`` returned, as far as it is looked at."""
+    """The part of a ``dfqlib.quantize`` report that ``diagnose`` reads."""
 
     model: nn.Module
     images: Tensor
@@ -40,21 +40,21 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What ``diagnose`` found.
+    """Result of ``diagnose``.
 
     Attributes:
-        sqnr: signal to quantization noise of each layer's output in decibels, against the teacher.
-        own_sqnr: the same when the layer alone is quantized: what its weights add, not what it inherits.
-        channel_sqnr: of that, the median over the layer's channels: far below ``own_sqnr`` where a few large channels
-            have the range for themselves.
+        sqnr: signal to quantization noise ratio of each layer's output in decibels, against the teacher.
+        own_sqnr: the same when only that layer's weights are quantized and its input is the teacher's.
+        channel_sqnr: median of that ratio over the layer's channels; far below ``own_sqnr`` where a few large channels
+            determine the range.
         clipped: share of each activation beyond the range of its quantizer.
-        dead: number of channels of each BatchNorm that the next layer sees as constant.
-        steps: by quantizer, its step after fine-tuning over its step after calibration.
-        step_history: the same at each look while it was trained, from 1 at the start.
-        agreement: percent of the synthetic images on which model and teacher choose the same class.
+        dead: number of channels of each BatchNorm that are constant after it.
+        steps: by quantizer, its step size after fine-tuning over that after calibration.
+        step_history: the same ratio at each logged iteration, from 1 at the start.
+        agreement: percent of the images on which model and teacher predict the same class.
         calibrated_agreement: the same before fine-tuning; None when that network was not kept.
-        losses: the losses of the last phase, a list each.
-        bits: the widths that most layers have, such as "w4a4".
+        losses: the logged losses of the last phase, by name.
+        bits: the most frequent bit widths, such as "w4a4".
     """
 
     sqnr: dict[str, float]
@@ -70,7 +70,7 @@ class Diagnosis:
     bits: str
 
     def advice(self) -> list[str]:
-        """What to try next, the most promising first."""
+        """Suggestions what to try next, the most promising first."""
         found = []
         worst = min(self.own_sqnr, key=lambda name: self.own_sqnr[name])
         if self.own_sqnr[worst] < POOR_SQNR:
@@ -90,12 +90,12 @@ class Diagnosis:
         if most is not None and self.clipped[most] > MUCH_CLIPPED:
             found.append(
                 f"{100 * self.clipped[most]:.0f} % of {most} lies beyond its range: "
-                "calibrate with a lower_bound of 0.3, or with more images"
+                "calibrate with lower_bound=0.3, or on more images"
             )
         moved = {name: ratio for name, ratio in self.steps.items() if not 1 / 3 < ratio < 3}
         if moved:
             name = max(moved, key=lambda name: abs(torch.tensor(moved[name]).log().item()))
-            found.append(f"the step of {name} changed {moved[name]:.2g}-fold while training: lower the rate of steps")
+            found.append(f"the step size of {name} changed {moved[name]:.2g}-fold in training: lower step_lr")
         for name, values in self.losses.items():
             if len(values) > 3 and values[-1] > 1.2 * min(values):
                 found.append(f'the loss "{name}" ended at {values[-1]:.3g} after {min(values):.3g}: lower lr')
@@ -119,15 +119,16 @@ class Diagnosis:
         return "\n".join(lines)
 
     def figure(self) -> Any:
-        """Four panels: noise by layer, clipped share by tensor, change of steps, losses."""
+        """Four panels: quantization noise by layer, clipped share by tensor, change of step sizes, losses."""
         import matplotlib.pyplot as plt
 
         figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
         panels = [
-            (self.own_sqnr, "SQNR (dB)", "Noise of each layer's own (dark: with what it inherits)"),
-            ({name: 100 * share for name, share in self.clipped.items()}, "clipped (%)", "Values beyond their range"),
-            ({} if self.step_history else self.steps, "step after / before", "Steps that moved"),
+            (self.own_sqnr, "SQNR (dB)", "Each layer's own noise (dark: with that of its input)"),
+            ({name: 100 * share for name, share in self.clipped.items()}, "clipped (%)", "Clipped values"),
         ]
+        if not self.step_history:
+            panels.append((self.steps, "step size after / before", "Change of step sizes"))
         for panel, (values, label, title) in zip(axes.flat, panels, strict=False):
             panel.plot(list(values.values()), range(len(values)), "o", color="#0065A8")
             if len(values) <= 24:
@@ -136,15 +137,14 @@ class Diagnosis:
             panel.invert_yaxis()
         axes[0, 0].plot(list(self.sqnr.values()), range(len(self.sqnr)), "^", color="#222222")
         axes[0, 0].axvline(POOR_SQNR, color="#D55E00", linestyle="--")
-        for history in self.step_history.values():
-            axes[1, 0].plot(history, color="#0065A8", alpha=0.4)
         if self.step_history:
-            axes[1, 0].set(xlabel="look", ylabel="step / step at first", title="Steps while they are trained")
-            axes[1, 0].set(yscale="log", ylim=None)
-            axes[1, 0].invert_yaxis()
+            for history in self.step_history.values():
+                axes[1, 0].plot(history, color="#0065A8", alpha=0.4)
+            axes[1, 0].set(xlabel="logged iteration", ylabel="step size / first", title="Step sizes in training")
+            axes[1, 0].set_yscale("log")
         for name, losses in self.losses.items():
             axes[1, 1].plot(losses, label=name)
-        axes[1, 1].set(xlabel="look", ylabel="loss", title="Last phase")
+        axes[1, 1].set(xlabel="logged iteration", ylabel="loss", title="Last phase")
         if self.losses:
             axes[1, 1].legend()
         return figure
@@ -152,13 +152,13 @@ class Diagnosis:
 
 @torch.no_grad()
 def diagnose(report: Run, images: Tensor | Batches | None = None) -> Diagnosis:
-    """Look into a quantized network: per-layer noise, ranges, dead channels, steps, agreement.
+    """Measure noise, clipping, dead channels, step sizes and agreement of a quantized network.
 
-    The teacher is the network that was calibrated, without its quantizers (the model's own where that was not kept).
+    The teacher is the calibrated network without its quantizers (or the model itself where that was not kept).
 
     Args:
         report: what ``dfqlib.quantize`` returned.
-        images: (N, C, H, W), normalized, or a loader; None for the report's own synthetic ones.
+        images: (N, C, H, W), normalized, or a loader, of which the first 256 are used; None for the report's own.
 
     Raises:
         InputError: the report is not of a quantized network, or there are no images.
@@ -174,9 +174,13 @@ def diagnose(report: Run, images: Tensor | Batches | None = None) -> Diagnosis:
     calibrated = report.calibrated
     teacher = float_network(calibrated or network)
     images = images[:256].cpu()
-    before = {} if calibrated is None else dict(quantizers(calibrated))
+    before = {
+        name: quantizer
+        for name, quantizer in ([] if calibrated is None else quantizers(calibrated))
+        if isinstance(quantizer, StepQuantizer)
+    }
     own, by_channel = _own_sqnr(network, teacher, images)
-    last = [row for row in report.history if row["phase"] == report.history[-1]["phase"]] if report.history else []
+    last = [row for row in report.history if row["phase"] == report.history[-1]["phase"]]
     names = [name for name in (last[-1] if last else {}) if name not in ("phase", "step", "seconds")]
     return Diagnosis(
         sqnr=sqnr(network, teacher, images),
@@ -185,7 +189,7 @@ def diagnose(report: Run, images: Tensor | Batches | None = None) -> Diagnosis:
         clipped=_clipped(network, images),
         dead=_dead(network),
         steps={
-            name: float(quantizer.step.mean() / before[name].step.mean())  # type: ignore[operator]
+            name: float(quantizer.step.mean() / before[name].step.mean())
             for name, quantizer in found.items()
             if isinstance(quantizer, StepQuantizer) and name in before
         },
@@ -193,80 +197,70 @@ def diagnose(report: Run, images: Tensor | Batches | None = None) -> Diagnosis:
         agreement=agreement(network, teacher, images),
         calibrated_agreement=None if calibrated is None else agreement(calibrated, teacher, images),
         losses={name: [float(row[name]) for row in last] for name in names},
-        bits=_usual_widths(found),
+        bits=_usual_bits(found),
     )
 
 
-def _usual_widths(found: Mapping[str, Quantizer]) -> str:
-    """The widths that most weights and most activations have."""
-    widths: dict[bool, list[int]] = {True: [], False: []}
-    for name, quantizer in found.items():
-        widths[name.endswith("weight_quantizer")].append(quantizer.bits)
-    weights, activations = (statistics.mode(widths[kind] or [8]) for kind in (True, False))
-    return f"w{weights}a{activations}"
+def _usual_bits(found: Mapping[str, Quantizer]) -> str:
+    """The most frequent bit width of weights and of activations."""
+    widths = (
+        statistics.mode([q.bits for name, q in found.items() if name.endswith("weight_quantizer") == weights] or [8])
+        for weights in (True, False)
+    )
+    return "w{}a{}".format(*widths)
 
 
-def _step_history(rows: list[dict[str, Any]], before: Mapping[str, Quantizer]) -> dict[str, list[float]]:
-    """Each step at each look as a share of what calibration set."""
+def _step_history(rows: list[dict[str, Any]], before: Mapping[str, StepQuantizer]) -> dict[str, list[float]]:
+    """Each step size at each logged iteration, over its calibrated value."""
     history = {}
     for name, quantizer in before.items():
         values = [row[name] for row in rows if name in row]
-        if values and isinstance(quantizer, StepQuantizer):
+        if values:
             first = float(quantizer.step.mean())
             history[name] = [1.0, *(value / first for value in values)]
     return history
 
 
 def _own_sqnr(network: nn.Module, teacher: nn.Module, images: Tensor) -> tuple[dict[str, float], dict[str, float]]:
-    """Each quantized layer on the teacher's input of it, against the teacher's output: whole, and by median channel."""
+    """SQNR of each layer of ``network`` on the teacher's input of it: of the whole layer, and of its median channel."""
     whole: dict[str, float] = {}
     by_channel: dict[str, float] = {}
 
-    def look(name: str, x: Tensor, exact: Tensor) -> None:
+    def record(name: str, x: Tensor, exact: Tensor) -> None:
         noise = network.get_submodule(name)(x) - exact
         rest = [axis for axis in range(exact.dim()) if axis != 1]
         signal, lost = exact.square().sum(rest), noise.square().sum(rest)
         whole[name] = float(10 * torch.log10(signal.sum() / lost.sum().clamp(min=1e-30)))
-        alive = signal > 0  # a channel without signal has none to lose
+        alive = signal > 0
         ratios = 10 * torch.log10(signal[alive] / lost[alive].clamp(min=1e-30))
         by_channel[name] = float(ratios.median()) if len(ratios) else whole[name]
 
-    handles = [
-        module.register_forward_hook(lambda _, args, out, name=name: look(name, args[0], out))
-        for name, module in teacher.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    ]
-    try:
+    with recording(layers_of(teacher), record):
         predict(teacher, images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return whole, by_channel
 
 
 def _clipped(network: nn.Module, images: Tensor) -> dict[str, float]:
     shares: dict[str, float] = {}
-
-    def look(name: str, quantizer: StepQuantizer, x: Tensor) -> None:
-        codes = x / quantizer.step
-        beyond = (codes > quantizer.qmax + 0.5) | (codes < quantizer.qmin - 0.5)
-        shares[name] = float(beyond.float().mean())
-
-    handles = [
-        quantizer.register_forward_pre_hook(lambda q, args, name=name: look(name, q, args[0]))
+    activations = {
+        name: quantizer
         for name, quantizer in quantizers(network)
         if isinstance(quantizer, StepQuantizer) and not name.endswith("weight_quantizer")
-    ]
-    try:
+    }
+
+    def record(name: str, x: Tensor, _: Tensor) -> None:
+        quantizer = activations[name]
+        scaled = x / quantizer.step
+        beyond = (scaled > quantizer.qmax + 0.5) | (scaled < quantizer.qmin - 0.5)
+        shares[name] = float(beyond.float().mean())
+
+    with recording(activations, record):
         predict(network, images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return shares
 
 
 def _dead(network: nn.Module) -> dict[str, int]:
-    """Channels whose BatchNorm gain is a thousandth of the layer's largest or less."""
+    """Number of channels whose BatchNorm gain is a thousandth of the layer's largest or less."""
     counts = {}
     for name, module in network.named_modules():
         if isinstance(module, nn.BatchNorm2d) and module.affine and module.running_var is not None:

@@ -1,8 +1,8 @@
-"""How different synthetic images are from one another, as the classifier sees them and as the papers measure it.
+"""Diversity of synthetic images.
 
-DSG (Zhang et al., CVPR 2021) argues that images which all obey the same BatchNorm statistics are alike: it plots, for
-one layer, the mean and the standard deviation of each image's own activations, a cloud for real images and a clump
-for those of ZeroQ. ``statistics_spread`` is the width of that cloud.
+DSG (Zhang et al., CVPR 2021) argues that images with equal BatchNorm statistics are alike. It plots the mean and the
+standard deviation of each image's activations in one layer, which scatter more for real images than for those of
+ZeroQ. ``statistics_spread`` measures this scatter.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from dfqlib.losses.outputs import batch_entropy, sample_entropy
 def inception_score(logits: Tensor) -> float:
     """Inception score under the teacher: ``exp(mean_x KL(p(y|x) || p(y)))`` with ``p = softmax(logits)``.
 
-    From 1 (every image looks the same to the teacher) to the number of classes (sure of each image, all classes
-    equally often). Salimans et al. (2016) take an Inception network; here the network to be quantized judges.
+    From 1 (the teacher's output is the same for all images) to the number of classes (confident on each image, all
+    classes equally frequent). Salimans et al. (2016) use an Inception network; here it is the network to be quantized.
 
     Args:
         logits: teacher outputs, shape (images, classes).
 
     Raises:
-        InputError: ``logits`` is not of that shape, or holds no image.
+        InputError: ``logits`` has another shape or no rows.
 
     Taught in notebook 04.
     """
@@ -37,10 +37,9 @@ def inception_score(logits: Tensor) -> float:
 
 
 def pairwise_distance(samples: Tensor) -> float:
-    """Mean distance between two different samples: the Euclidean one over the root of their number of values.
+    """Mean root mean square difference of all pairs of samples, in their unit.
 
-    That is a root mean square difference in the unit of ``samples``, the same for large and small images: 0 where all
-    are equal, about 1.41 for independent noise of deviation 1.
+    0 where all are equal, about 1.41 for independent noise of deviation 1, whatever the size of the images.
 
     Args:
         samples: images, features or logits, shape (samples, ...).
@@ -57,15 +56,15 @@ def pairwise_distance(samples: Tensor) -> float:
 
 @dataclass(frozen=True, eq=False)
 class LayerSpread:
-    """How the statistics of single images scatter before one BatchNorm layer.
+    """Spread of single images' statistics in the input of one BatchNorm layer.
 
     Attributes:
         name: qualified name of the layer.
-        means: of each image in each channel of the layer's input, shape (images, channels).
+        means: mean of each image in each channel, shape (images, channels).
         stds: standard deviations likewise; 0 where an image has one value per channel.
         mean_spread: standard deviation of ``means`` over the images in units of the layer's stored deviation, averaged
-            over the channels: 0 where all images have the same mean.
-        std_spread: the same of ``stds``.
+            over the channels.
+        std_spread: likewise for ``stds``.
     """
 
     name: str
@@ -82,10 +81,10 @@ def statistics_spread(model: nn.Module, images: Tensor, batch: int = 256) -> lis
     Args:
         model: a trained network with BatchNorm, in evaluation mode.
         images: shape (images, channels, height, width), two or more.
-        batch: how many go through the network at once.
+        batch: images per forward pass.
 
     Returns:
-        One LayerSpread for each BatchNorm layer, in the order in which they run.
+        One LayerSpread for each BatchNorm layer, in order of execution.
 
     Raises:
         InputError: fewer than two images, a network in training mode, or one without BatchNorm.
@@ -94,7 +93,7 @@ def statistics_spread(model: nn.Module, images: Tensor, batch: int = 256) -> lis
     """
     _check_several(images, "images")
     if model.training:
-        raise InputError("model is in training mode, where BatchNorm forgets what it has stored: call model.eval()")
+        raise InputError("model is in training mode, where BatchNorm changes its stored statistics: call model.eval()")
     parts = []
     with BatchNormProbe(model) as probe:
         for chunk in images.split(batch):
@@ -114,6 +113,4 @@ def _spread(values: Tensor, stored_var: Tensor) -> float:
 
 def _check_several(samples: Tensor, name: str) -> None:
     if samples.dim() < 2 or len(samples) < 2:
-        raise InputError(
-            f"{name} has shape {tuple(samples.shape)}; give two or more, the first dimension counting them"
-        )
+        raise InputError(f"{name} has shape {tuple(samples.shape)}; give two or more along the first dimension")

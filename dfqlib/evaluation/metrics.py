@@ -1,11 +1,12 @@
-"""How good a network is, and how far it is from its teacher, with the uncertainty that few images leave.
+"""Accuracy of a network, and its difference from a teacher with the statistical uncertainty.
 
 Taught in notebook 07.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from dfqlib.errors import InputError
 from dfqlib.network.inference import Batches, as_batches, as_images, evaluating, logits_of, predict
 
 SQNR_BATCH = 64
-"""Images whose layers' outputs ``sqnr`` holds at once: a few tens of MB for a network of 32x32 images."""
+"""Images per forward pass of ``sqnr``, which holds the outputs of all layers."""
 
 
 def evaluate(model: nn.Module, loader: Batches) -> float:
@@ -23,7 +24,7 @@ def evaluate(model: nn.Module, loader: Batches) -> float:
 
     Args:
         model: classifier; its mode is restored afterwards.
-        loader: batches of (images, labels), or one pair (images, labels), normalized as the model expects.
+        loader: batches of (images, labels), or one pair (images, labels), images normalized.
 
     Raises:
         InputError: no images, images of a shape the model cannot take, or labels beyond its classes.
@@ -34,14 +35,14 @@ def evaluate(model: nn.Module, loader: Batches) -> float:
 
 
 def correct(model: nn.Module, loader: Batches) -> Tensor:
-    """Which images are classified correctly, in the loader's order: booleans of shape (N,). Errors as ``evaluate``."""
+    """Whether each image of the loader is classified correctly, shape (N,). Errors as ``evaluate``."""
     chosen, labels = predict_classes(model, loader)
     return chosen == labels
 
 
 @torch.inference_mode()
 def predict_classes(model: nn.Module, loader: Batches) -> tuple[Tensor, Tensor]:
-    """The classes that the model chooses and the labels, both (N,), in the loader's order. Errors as ``evaluate``."""
+    """Predicted classes and labels, both (N,), in the loader's order. Errors as ``evaluate``."""
     chosen, expected = [], []
     with evaluating(model):
         for images, labels in as_batches(loader):
@@ -59,7 +60,7 @@ def predict_classes(model: nn.Module, loader: Batches) -> tuple[Tensor, Tensor]:
 
 
 def agreement(model: nn.Module, teacher: nn.Module, images: Tensor | Batches) -> float:
-    """Share of images on which both choose the same class, in percent; images as a tensor or a loader."""
+    """Percent of images, a tensor or a loader, on which both networks predict the same class."""
     images = as_images(images)
     if not len(images):
         raise InputError("images is empty; agreement needs at least one image")
@@ -69,15 +70,15 @@ def agreement(model: nn.Module, teacher: nn.Module, images: Tensor | Batches) ->
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside its teacher on the same images.
+    """Accuracy of a model and its teacher on the same images.
 
     Attributes:
-        top1: of the model, in percent.
-        teacher_top1: of the teacher, in percent.
-        difference: model minus teacher, in points.
-        standard_error: of the difference, paired: only images on which one is right and the other wrong count.
-        agreement: share of images on which both choose the same class, in percent.
-        images: how many images there were.
+        top1: accuracy of the model, in percent.
+        teacher_top1: accuracy of the teacher, in percent.
+        difference: model minus teacher, in percentage points.
+        standard_error: paired standard error of ``difference``: images on which both are right or both wrong add none.
+        agreement: percent of images on which both predict the same class.
+        images: number of images.
     """
 
     top1: float
@@ -95,20 +96,20 @@ class Comparison:
 
 
 def compare(model: nn.Module, teacher: nn.Module, loader: Batches) -> Comparison:
-    """Paired comparison on the same images: far less noisy than two accuracies, whose images vary together.
+    """Paired comparison on the same images, whose standard error is smaller than that of two separate accuracies.
 
     Errors as ``evaluate``.
 
     Taught in notebook 07.
     """
-    if isinstance(loader, Iterator):  # both must see its batches
+    if isinstance(loader, Iterator):  # it is read twice
         loader = list(loader)
     chosen, labels = predict_classes(model, loader)
     return compare_classes(chosen, predict_classes(teacher, loader)[0], labels)
 
 
 def compare_classes(chosen: Tensor, teacher_chosen: Tensor, labels: Tensor) -> Comparison:
-    """``compare`` from the classes that both chose and the labels, each of shape (N,)."""
+    """``compare`` from the predicted classes of both and the labels, each of shape (N,)."""
     own, reference = (chosen == labels).double(), (teacher_chosen == labels).double()
     change = own - reference
     return Comparison(
@@ -123,44 +124,51 @@ def compare_classes(chosen: Tensor, teacher_chosen: Tensor, labels: Tensor) -> C
 
 @torch.inference_mode()
 def sqnr(model: nn.Module, teacher: nn.Module, images: Tensor) -> dict[str, float]:
-    """Signal to quantization noise of each conv's and linear's output, in dB, by the layer's name.
+    """Signal to quantization noise ratio of the output of each convolution and linear layer, in dB, by name.
 
-    ``10 log10(sum y^2 / sum (y_q - y)^2)``: every 6 dB are one bit. Layers that were fine-tuned together work at 5 dB.
-    Images run a few at a time and energies are summed in float64, so memory does not grow with their number.
+    Computes ``10 log10(sum y^2 / sum (y_q - y)^2)``; 6 dB correspond to one bit. The sums are accumulated in float64
+    over batches of ``SQNR_BATCH`` images.
 
     Args:
-        model: what ``quantize_layers`` made of the teacher, so that layers have the same names.
+        model: the network that ``quantize_layers`` made of the teacher, with the same names of layers.
         teacher: the floating-point network.
         images: normalized, shape (N, C, H, W).
 
     Taught in notebook 07.
     """
     signal, noise = defaultdict[str, float](float), defaultdict[str, float](float)
-    # Parts of about one size: a lone image runs through kernels that round otherwise, and codes on the edge flip.
+    # Batches of similar size, because the kernels for a single image round differently.
     for part in images.tensor_split(max(1, -(-len(images) // SQNR_BATCH))):
         noisy = _layer_outputs(model, part)
         for name, y in _layer_outputs(teacher, part).items():
             if name in noisy:
                 signal[name] += float(y.double().square().sum())
                 noise[name] += float((noisy[name].double() - y).square().sum())
-    return {name: _decibels(signal[name] / max(noise[name], 1e-30)) for name in signal}
-
-
-def _decibels(ratio: float) -> float:
-    return 10 * math.log10(ratio) if ratio else -math.inf
+    ratios = {name: signal[name] / max(noise[name], 1e-30) for name in signal}
+    return {name: 10 * math.log10(ratio) if ratio else -math.inf for name, ratio in ratios.items()}
 
 
 def _layer_outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     outputs: dict[str, Tensor] = {}
+    with recording(layers_of(model), lambda name, _, output: outputs.update({name: output})), evaluating(model):
+        logits_of(model, images)
+    return outputs
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The convolutions and linear layers of a network by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+
+
+@contextmanager
+def recording(modules: Mapping[str, nn.Module], record: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call ``record(name, input, output)`` after each call of one of the modules inside the block."""
     handles = [
-        module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
+        module.register_forward_hook(lambda _, args, output, name=name: record(name, args[0], output))
+        for name, module in modules.items()
     ]
     try:
-        with evaluating(model):
-            logits_of(model, images)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return outputs

@@ -1,4 +1,4 @@
-"""Mixed precision: which layers need their bits, and where a budget of bytes helps most.
+"""Mixed precision: the sensitivity of each layer to its bit width, and the best bit widths for a budget.
 
 Taught in notebook 11.
 """
@@ -18,13 +18,13 @@ from dfqlib.quantizer import QuantSpec, StepQuantizer, quantize_layers
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What ``sensitivity`` found.
+    """Result of ``sensitivity``.
 
     Attributes:
         weights: number of weights of each layer, in the order of the network.
-        widths: the widths that were tried, ascending.
-        losses: by layer and width, how far the teacher's answers move when that layer's weights alone are quantized:
-            KL divergence in nats per image.
+        widths: the bit widths, ascending.
+        losses: by layer and bit width, KL divergence of the teacher's outputs in nats per image when only the weights
+            of that layer are quantized.
     """
 
     weights: dict[str, int]
@@ -32,13 +32,13 @@ class Sensitivity:
     losses: dict[str, dict[int, float]]
 
     def ranking(self) -> list[str]:
-        """Layers, the most sensitive at the smallest width first."""
+        """Layers by sensitivity at the smallest bit width, the most sensitive first."""
         return sorted(self.losses, key=lambda name: -self.losses[name][self.widths[0]])
 
     def pareto(self) -> list[tuple[float, float, dict[str, int]]]:
-        """(bytes of weights, sum of the losses, widths by layer), from all layers at the smallest width upwards.
+        """(bytes of weights, sum of the losses, bit widths by layer), ascending, from the smallest bit widths on.
 
-        Each step widens the layer where a byte lowers the loss most.
+        Each entry raises the bit width of the layer whose loss falls most per byte.
         """
         bits = dict.fromkeys(self.losses, self.widths[0])
         points = [self._point(bits)]
@@ -54,10 +54,10 @@ class Sensitivity:
         return points
 
     def bits_for(self, budget: float) -> dict[str, int]:
-        """Widths by layer for at most ``budget`` bytes of weights: ``quantize(model, ..., bits=...)`` takes them.
+        """Bit widths by layer for at most ``budget`` bytes of weights, as ``bits=`` of ``quantize`` takes them.
 
         Raises:
-            InputError: the smallest widths need more.
+            InputError: the smallest bit widths need more.
         """
         fitting = [(loss, bits) for size, loss, bits in self.pareto() if size <= budget]
         if not fitting:
@@ -66,7 +66,7 @@ class Sensitivity:
         return min(fitting, key=lambda found: found[0])[1]
 
     def plot(self, axes: Any) -> None:
-        """Draw loss over bytes, the mixed widths as a line and each single width as a point."""
+        """Draw loss against bytes: a line for mixed bit widths, a point for each single one."""
         sizes, losses, _ = zip(*self.pareto(), strict=True)
         axes.plot([size / 1e3 for size in sizes], losses, label="mixed widths")
         for width in self.widths:
@@ -85,16 +85,16 @@ class Sensitivity:
 def sensitivity(
     model: nn.Module, images: Tensor | Batches, widths: Sequence[int] = (2, 3, 4, 6, 8), granularity: Any = "channel"
 ) -> Sensitivity:
-    """Quantize the weights of one layer at a time and see how far the network's answers move.
+    """Quantize the weights of one layer at a time and measure the change of the network's outputs.
 
     Args:
-        model: the trained network, in floating point; left untouched.
-        images: (N, C, H, W), normalized, or a loader; synthetic ones do.
-        widths: widths to try, 2 to 16.
+        model: the trained network in floating point; not modified.
+        images: (N, C, H, W), normalized, or a loader; synthetic images suffice.
+        widths: bit widths, 2 to 16.
         granularity: "tensor" or "channel".
 
     Raises:
-        InputError: a width out of range, no images, or a model without layers to quantize.
+        InputError: a bit width out of range, no images, or a model without layers to quantize.
 
     Taught in notebook 11.
     """

@@ -1,4 +1,4 @@
-"""What notebooks share: a lesson's teacher and images, plots, widgets, toys, reruns. The library needs none of it."""
+"""Code shared by the notebooks: teachers and images, plots, widgets, toy models, reruns; the library uses none."""
 
 from dfqlib.lessons.subject import Subject, Tuned, choose_arch, from_noise, open_subject, real_images, tune
 

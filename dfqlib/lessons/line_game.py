@@ -1,8 +1,8 @@
-"""Generators against students on a line: AKD's game, small enough to be drawn whole and played many times over.
+"""Adversarial distillation in one dimension: AKD's min-max problem, small enough to plot and to repeat many times.
 
-The teacher is a curve, the logit of class 1 at each place x. A student is a sum of bumps of its own heights, so that
-what it learns at one place it does not forget by learning at another. A generator is a Gaussian blob that can move and
-not widen: like a network of too little capacity it reaches a part of the line at a time.
+The teacher is a curve, the logit of class 1 at each position x. A student is a sum of Gaussian bumps with trained
+heights, so that learning at one position does not change another. A generator is a Gaussian of trained mean and fixed
+width: like a network of low capacity, it covers one part of the line at a time.
 
 Taught in notebook 08.
 """
@@ -17,21 +17,21 @@ from torch import Tensor
 from dfqlib.recipes import akd
 
 CENTRES = torch.linspace(-4, 4, 33)
-"""Of a student's bumps."""
+"""Centers of a student's bumps."""
 GRID = torch.linspace(-4, 4, 161)
-"""Where gaps are recorded."""
+"""Positions at which divergences are recorded."""
 SHARE = torch.softmax(-(GRID**2) / 2, 0)
-"""How much of the real data lies at each place of the grid: standard normal, the statistics a BatchNorm would store."""
+"""Share of the real data at each position of ``GRID``: standard normal, as a BatchNorm would store it."""
 STUDENT_MOVES = 3
 
 
 @dataclass(frozen=True)
 class Record:
-    """What happened in the games, after each round.
+    """Generators and students after each round.
 
     Attributes:
-        places: centres of the generators, shape (rounds, games, generators).
-        gaps: divergence of the first student from the teacher along ``GRID``, shape (rounds, games, places).
+        places: centers of the generators, shape (rounds, games, generators).
+        gaps: divergence of the first student from the teacher along ``GRID``, shape (rounds, games, positions).
     """
 
     places: Tensor
@@ -39,7 +39,7 @@ class Record:
 
     @property
     def real_gap(self) -> Tensor:
-        """Mean divergence on the real data, which no generator has seen: shape (rounds, games)."""
+        """Mean divergence on the real data, shape (rounds, games)."""
         return self.gaps @ SHARE
 
 
@@ -56,7 +56,7 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def prior(x: Tensor) -> Tensor:
-    """AKD's L_psi of points (..., n) against stored mean 0 and variance 1: shape (...)."""
+    """AKD's L_psi of points (..., n) for stored mean 0 and variance 1, shape (...)."""
     mean, var = x.mean(-1), x.var(-1, unbiased=False)
     p = curve(x).sigmoid()
     return (var + mean**2) / 2 - var.log() / 2 - 0.5 + _entropy(p).mean(-1) - _entropy(p.mean(-1))
@@ -120,7 +120,7 @@ def _gap(x: Tensor, heights: Tensor) -> Tensor:
 
 
 def _entropy(p: Tensor) -> Tensor:
-    """Of two classes, in nats."""
+    """Entropy of two classes with probabilities p and 1 - p, in nats."""
     return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
 
 
@@ -131,5 +131,5 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def standard_error(values: Tensor) -> float:
-    """Of the mean of independent values, shape (n,), n at least 2."""
+    """Standard error of the mean of independent values, shape (n,), n at least 2."""
     return float(values.std() / math.sqrt(len(values)))

@@ -1,8 +1,6 @@
-"""One look for every figure: labelled, small, and readable in greyscale and by colour-blind eyes.
+"""Figures in one style: labeled, small, readable in grayscale and with color-vision deficiency.
 
-Matplotlib is imported inside the functions, so that importing this module costs nothing.
-
-Taught in notebook 01.
+Matplotlib is imported inside the functions; ``axes`` are its axes. Taught in notebook 01.
 """
 
 import io
@@ -13,19 +11,16 @@ import torch
 from torch import Tensor, nn
 
 PALETTE = ("#222222", "#0065A8", "#D55E00", "#E8A400", "#A5D4F2")
-"""Dark to light, at least 12 units of CIE lightness apart: the order survives a greyscale printer."""
+"""Dark to light, at least 12 units of CIE lightness apart, so that the order survives grayscale."""
 MARKERS = ("o", "^", "s", "D", "v")
 LINES = ("-", "--", "-.", ":", (0, (1, 1)))
 HATCHES = ("", "//", "..", "xx", "\\\\")
 MAX_SCATTER = 700
-"""Points drawn per panel: more of them hide each other and only make the file larger."""
+"""Largest number of points drawn in a panel."""
 
 
 def use_style() -> None:
-    """Set matplotlib's defaults for a lesson: font sizes, light grid, 100 dots per inch, no box.
-
-    Taught in notebook 01.
-    """
+    """Set matplotlib's defaults for a lesson."""
     import matplotlib as mpl
     from cycler import cycler
 
@@ -50,10 +45,7 @@ def use_style() -> None:
 
 
 def png(figure: Any) -> bytes:
-    """The figure as a PNG file's bytes, in at most 64 colours: a quarter of the size. The figure is closed.
-
-    Taught in notebook 01.
-    """
+    """The bytes of a PNG file with at most 64 colors; closes the figure."""
     import matplotlib.pyplot as plt
     from PIL import Image
 
@@ -66,24 +58,18 @@ def png(figure: Any) -> bytes:
 
 
 def show(figure: Any) -> Any:
-    """The figure as a notebook's output, a small PNG; the last expression of a cell.
-
-    Taught in notebook 01.
-    """
+    """The figure as a small PNG, for the last expression of a cell."""
     from IPython.display import Image
 
     return Image(png(figure), format="png")
 
 
 def decision_map(axes: Any, network: nn.Module, extent: float) -> None:
-    """Shade where a classifier of points in the plane says class 1, and draw the boundary.
+    """Shade the classes of a classifier of points in the plane, and draw the boundary.
 
     Args:
-        axes: matplotlib axes.
-        network: two outputs for points of shape (n, 2).
+        network: from points of shape (n, 2) to two logits.
         extent: the map covers [-extent, extent] in both directions.
-
-    Taught in notebook 01.
     """
     side = torch.linspace(-extent, extent, 120)
     grid = torch.cartesian_prod(side, side)
@@ -94,15 +80,13 @@ def decision_map(axes: Any, network: nn.Module, extent: float) -> None:
 
 
 def scatter(axes: Any, points: Tensor, labels: Tensor | None, extent: float) -> None:
-    """Points of two classes (dark circles, light triangles) or, without labels, of none (grey crosses).
+    """Scatter plot of two classes (dark circles, light triangles) or of points without labels (gray crosses).
 
     Args:
-        axes: matplotlib axes; gets equal scales and the range [-extent, extent].
+        axes: get equal scales and the range [-extent, extent].
         points: shape (n, 2); the first ``MAX_SCATTER`` are drawn.
         labels: shape (n,), or None.
-        extent: half the side of the drawn square; what lies beyond is counted in the corner.
-
-    Taught in notebook 01.
+        extent: half the side of the drawn square; the corner shows the number of points outside.
     """
     points = points.detach()
     outside = int((points.abs() > extent).any(1).sum())
@@ -110,10 +94,10 @@ def scatter(axes: Any, points: Tensor, labels: Tensor | None, extent: float) -> 
     if labels is None:
         axes.scatter(*shown.T, s=11, marker="x", linewidths=0.7, color="#666666", label="no label")
     else:
-        for value, colour, marker in ((0, PALETTE[1], "o"), (1, PALETTE[3], "^")):
+        for value, color, marker in ((0, PALETTE[1], "o"), (1, PALETTE[3], "^")):
             mine = shown[labels[:MAX_SCATTER] == value]
             style = {"s": 11, "linewidths": 0.3, "edgecolors": "#222222"}
-            axes.scatter(*mine.T, marker=marker, color=colour, label=f"class {value}", **style)
+            axes.scatter(*mine.T, marker=marker, color=color, label=f"class {value}", **style)
     axes.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
     axes.grid(False)
     if outside:
@@ -126,16 +110,13 @@ def lines(axes: Any, series: Mapping[str, Sequence[float]], x: Sequence[float] |
     """One line per series, told apart by lightness and dash pattern.
 
     Args:
-        axes: matplotlib axes.
         series: name → values.
-        x: shared positions; 0, 1, 2, … without.
+        x: shared positions; None for 0, 1, 2, …
         **labels: ``title``, ``xlabel``, ``ylabel``, ``yscale`` of the axes.
-
-    Taught in notebook 01.
     """
-    for (name, values), colour, dashes in zip(series.items(), PALETTE, LINES, strict=False):
+    for (name, values), color, dashes in zip(series.items(), PALETTE, LINES, strict=False):
         positions = range(len(values)) if x is None else x
-        axes.plot(positions, values, color=colour, linestyle=dashes, linewidth=1.5, label=name)
+        axes.plot(positions, values, color=color, linestyle=dashes, linewidth=1.5, label=name)
     axes.set(**labels)
     if len(series) > 1:
         axes.legend()
@@ -153,20 +134,17 @@ def bars(
     """Grouped bars with their values written on them, told apart by lightness and hatching.
 
     Args:
-        axes: matplotlib axes.
         series: name → one value per group.
         groups: names under the groups.
         errors: name → half the length of the error bars, in the unit of the values.
-        decimals: digits after the point of the written values.
+        decimals: decimals of the written values.
         **labels: ``title``, ``xlabel``, ``ylabel``, ``yscale``, ``ylim`` of the axes.
-
-    Taught in notebook 01.
     """
     width = 0.8 / len(series)
     for index, (name, values) in enumerate(series.items()):
         places = [group + (index - (len(series) - 1) / 2) * width for group in range(len(groups))]
-        colour, hatch = PALETTE[(index + 1) % len(PALETTE)], HATCHES[index % len(HATCHES)]
-        style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+        color, hatch = PALETTE[(index + 1) % len(PALETTE)], HATCHES[index % len(HATCHES)]
+        style = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
         error = errors[name] if errors else None
         drawn = axes.bar(places, values, width * 0.92, yerr=error, capsize=3, label=name, **style)
         axes.bar_label(drawn, fmt=f"%.{decimals}f", fontsize=8, padding=2)
@@ -178,23 +156,20 @@ def bars(
 
 
 def image_grid(axes: Any, images: Tensor, mean: Sequence[float], std: Sequence[float], columns: int = 8) -> None:
-    """Draw a batch of normalized images as a grid, back in their original colours.
+    """Draw normalized images side by side in their original colors.
 
     Args:
-        axes: matplotlib axes.
         images: shape (n, channels, height, width), 1 or 3 channels, normalized with ``mean`` and ``std``.
         mean: per channel.
         std: per channel.
         columns: images per row.
-
-    Taught in notebook 04.
     """
     shape = (1, -1, 1, 1)
-    colours = images.detach().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
-    count, channels, height, width = colours.shape
+    colors = images.detach().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    count, channels, height, width = colors.shape
     rows = -(-count // columns)
     canvas = torch.ones(channels, rows * (height + 1) - 1, columns * (width + 1) - 1)
-    for index, image in enumerate(colours.clamp(0, 1)):
+    for index, image in enumerate(colors.clamp(0, 1)):
         top, left = index // columns * (height + 1), index % columns * (width + 1)
         canvas[:, top : top + height, left : left + width] = image
     axes.imshow(canvas.permute(1, 2, 0).expand(-1, -1, 3).numpy(), interpolation="nearest")
@@ -202,21 +177,18 @@ def image_grid(axes: Any, images: Tensor, mean: Sequence[float], std: Sequence[f
 
 
 def layer_dots(axes: Any, series: Mapping[str, Mapping[str, float]], **labels: Any) -> None:
-    """One row per layer with a marker per series and a line from the first to the last, told apart by shape.
+    """One row per layer, with a marker per series and a line from the first series to the last.
 
     Args:
-        axes: matplotlib axes.
         series: name → layer → value, the same layers in each.
         **labels: ``title``, ``xlabel``, … of the axes.
-
-    Taught in notebook 07.
     """
     layers = list(next(iter(series.values())))
     rows = range(len(layers))
     ends = [list(values.values()) for values in series.values()]
     axes.hlines(rows, ends[0], ends[-1], color="#BBBBBB", linewidth=1.5)
-    for (name, values), colour, marker in zip(series.items(), PALETTE[1:], MARKERS, strict=False):
-        axes.plot([values[layer] for layer in layers], rows, marker, color=colour, markersize=6, label=name)
+    for (name, values), color, marker in zip(series.items(), PALETTE[1:], MARKERS, strict=False):
+        axes.plot([values[layer] for layer in layers], rows, marker, color=color, markersize=6, label=name)
     axes.set_yticks(rows, layers)
     axes.invert_yaxis()
     axes.set(**labels)
@@ -225,15 +197,12 @@ def layer_dots(axes: Any, series: Mapping[str, Mapping[str, float]], **labels: A
 
 
 def dataflow(axes: Any, edges: Sequence[tuple[str, str]], labels: Mapping[str, str], marked: set[str]) -> None:
-    """Draw operations in a row as boxes, and who reads whose output: neighbours by arrows, skips by arcs.
+    """Draw operations as boxes in a row, joined to their consumers by arrows (neighbors) and arcs (skips).
 
     Args:
-        axes: matplotlib axes.
-        edges: (operation, reader), by key.
-        labels: key → what the box says, in the order of execution.
+        edges: (operation, consumer), by key.
+        labels: key → text of the box, in order of execution.
         marked: keys of the boxes to emphasize.
-
-    Taught in notebook 07.
     """
     from matplotlib.patches import Rectangle
 

@@ -1,8 +1,4 @@
-"""A generator small enough to be trained many times within a lesson.
-
-The published generators (``dfqlib.generators``) cost several times what the small teachers of the lessons do, and a
-comparison with error bars trains dozens of them.
-"""
+"""A small generator that a lesson can train many times."""
 
 import math
 
@@ -11,20 +7,18 @@ from torch import Tensor, nn
 
 from dfqlib.generators import Generator
 
-__all__ = ["SlimGenerator"]
-
 
 class SlimGenerator(Generator):
-    """The trunk of the published generators with a quarter of their channels: about 47,000 weights for the digits.
+    """The architecture of the published generators with a quarter of their channels.
 
-    Noise, multiplied by the label's embedding where it takes labels as in GDFQ, to a quarter of the image's size, two
-    upsampling convolutions, then Tanh and a BatchNorm without scale and shift.
+    A latent vector, multiplied by the label's embedding as in GDFQ if there are labels, becomes features of a quarter
+    of the image's size; two upsampling convolutions, Tanh and a BatchNorm without scale and shift follow.
 
     Args:
         image_shape: (channels, height, width), height and width divisible by 4.
-        classes: number of labels it takes; None for a generator without labels.
+        classes: number of labels; None for a generator without labels.
         latent: length of a latent vector.
-        width: channels, halved in the last convolution but one.
+        width: channels, halved after the second upsampling.
 
     Raises:
         InputError: the shape cannot be generated.
@@ -48,7 +42,7 @@ class SlimGenerator(Generator):
         )
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Latent vectors (B, latent), and labels (B,) where it takes them, to images (B, C, H, W)."""
+        """Latent vectors (B, latent), and labels (B,) if there are classes, to images (B, C, H, W)."""
         if self.embedding is not None:
             if labels is None:
                 labels = torch.randint(self.embedding.num_embeddings, (len(z),), device=z.device)

@@ -1,4 +1,4 @@
-"""What the lessons on real networks begin with: a teacher, test images and a few real ones, from a lesson's parameters.
+"""The teacher and the images that a lesson's parameters name.
 
 Taught in notebook 07.
 """
@@ -14,22 +14,21 @@ from torch import Tensor, nn
 
 from dfqlib import data, models, synthesis
 from dfqlib.errors import InputError
+from dfqlib.lessons.widgets import check_parameters
 from dfqlib.recipes import base, express
 from dfqlib.spec import QuantSpec
 from dfqlib.training import Session, Task, calibrated_student
-
-__all__ = ["Subject", "Tuned", "choose_arch", "from_noise", "open_subject", "real_images", "tune"]
 
 _BY_DATASET = {"digits": "digits_resnet8", "cifar10": "cifar10_resnet20"}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a lesson works on.
+    """A teacher and its test images.
 
     Attributes:
         teacher: the trained network in eval mode.
-        test: batches of (images, labels), read once and kept.
+        test: batches of (images, labels) in memory.
         info: shape, classes and preprocessing of the network.
     """
 
@@ -43,19 +42,17 @@ def open_subject(dataset: str, arch: str = "", checkpoint: str = "", data_root: 
 
     Args:
         dataset: "digits", another name of ``data.load_data``, or "folder:<path>" with one folder per class.
-        arch: a name of ``models.names()``; empty for the one that ``choose_arch`` finds.
+        arch: a name of ``models.names()``; empty for the choice of ``choose_arch``.
         checkpoint: file with the weights; empty for the bundled or the registered one.
-        data_root: where torchvision's sets lie; empty for the default of ``data.load_data``.
+        data_root: folder of torchvision's data sets; empty for the default of ``data.load_data``.
 
     Raises:
-        InputError: a parameter is no text, names nothing, or does not fit the others.
+        InputError: a parameter is not text, names nothing, or does not fit the others.
 
     Taught in notebook 07.
     """
     given = {"dataset": dataset, "arch": arch, "checkpoint": checkpoint, "data_root": data_root}
-    for name, value in given.items():
-        if not isinstance(value, str):
-            raise InputError(f"{name}={value!r} must be text, in quotes")
+    check_parameters(given, dict.fromkeys(given, (str,)))
     folder = dataset.removeprefix("folder:")
     if folder == dataset and dataset not in data.NORMALIZATION:
         known = ", ".join(data.NORMALIZATION)
@@ -64,22 +61,19 @@ def open_subject(dataset: str, arch: str = "", checkpoint: str = "", data_root: 
         if path and "://" not in path and not Path(path).exists():
             raise InputError(f'{name}: "{path}" does not exist; a relative path starts in the lesson\'s folder')
     info = models.info(arch or choose_arch(dataset, checkpoint))
-    test = _load(dataset, "test", info, data_root)
-    size = tuple(test[0][0].shape[1:])
-    if size != info.image_shape:
-        raise InputError(f'dataset="{dataset}" has images of shape {size}, arch="{info.name}" takes {info.image_shape}')
-    return Subject(models.load_model(info.name, checkpoint=checkpoint or None), test, info)
+    test = info.load_images(dataset, data_root=data_root or None)
+    return Subject(models.load_model(info.name, checkpoint=checkpoint or None), list(test), info)
 
 
 def choose_arch(dataset: str, checkpoint: str = "") -> str:
-    """The known network that a checkpoint's file name or a data set speaks of.
+    """Name of the network for a checkpoint or a data set.
 
     Args:
-        dataset: as in ``open_subject``.
-        checkpoint: a file name that holds the first digits of a registered network's hash decides.
+        dataset: as in ``open_subject``; used when the checkpoint does not tell.
+        checkpoint: a file name with the first digits of a registered network's hash.
 
     Raises:
-        InputError: neither says which; name the network.
+        InputError: neither tells.
     """
     for name in models.names():
         sha256 = models.info(name).sha256
@@ -99,9 +93,9 @@ def choose_arch(dataset: str, checkpoint: str = "") -> str:
 
 
 def real_images(subject: Subject, dataset: str, count: int, data_root: str = "") -> Tensor | None:
-    """Real training images for a ceiling, (count, C, H, W), spread over the classes; None where there are none.
+    """Real training images, (count, C, H, W), spread over the classes; None where there are none.
 
-    A named data set has a training split; beside a folder "test" there may be a folder "train".
+    They are the training split of a named data set, or the folder "train" beside a folder "test".
     """
     folder = Path(dataset.removeprefix("folder:"))
     if dataset.startswith("folder:"):
@@ -109,16 +103,8 @@ def real_images(subject: Subject, dataset: str, count: int, data_root: str = "")
         if folder.name != "test" or not sibling.is_dir():
             return None
         dataset = f"folder:{sibling}"
-    images = torch.cat([batch for batch, _ in _load(dataset, "train", subject.info, data_root)])
+    images, _ = data.images_and_labels(subject.info.load_images(dataset, "train", data_root=data_root or None))
     return images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
-
-
-def _load(dataset: str, split: str, info: models.ModelInfo, data_root: str) -> list[tuple[Tensor, Tensor]]:
-    normalization: dict[str, Any] = {"mean": info.mean, "std": info.std, "classes": info.classes}
-    return [
-        (images, labels)
-        for images, labels in data.load_data(dataset, split, data_root=data_root or None, **normalization)
-    ]
 
 
 def from_noise(
@@ -130,18 +116,18 @@ def from_noise(
     seed: int = 0,
     augment: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Images in one batch by any objective, with Adam at 0.1 that falls to zero: one setting, so that losses compare.
+    """Synthesize images in one batch, always by Adam with a rate from 0.1 to 0, so that objectives can be compared.
 
     Args:
-        subject: holds the teacher; its weights' gradients are not computed.
+        subject: for its teacher.
         objective: as in ``synthesis.from_noise``.
-        labels: what each image is to show, shape (N,); an objective may ignore them.
-        steps: optimization steps.
-        seed: of the noise and the changes; the same seed starts from the same noise whatever the objective.
-        augment: random change of the images before the teacher sees them.
+        labels: target class of each image, shape (N,); an objective may ignore them.
+        steps: iterations.
+        seed: seed of the noise and of ``augment``; the noise does not depend on the objective.
+        augment: random change of the images before the teacher runs.
 
     Returns:
-        Images, (N, C, H, W), and the losses, a row per look.
+        Images, (N, C, H, W), and the history of the losses.
 
     Taught in notebook 03.
     """
@@ -160,9 +146,9 @@ class Tuned:
     """A quantized network before and after its fine-tuning.
 
     Attributes:
-        calibrated: with ranges from images, not trained.
-        model: fine-tuned.
-        history: a row per look at the loss.
+        calibrated: the network after calibration.
+        model: the network after fine-tuning.
+        history: the logged losses.
     """
 
     calibrated: nn.Module
@@ -179,15 +165,15 @@ def tune(
     seed: int = 0,
     method: str = "mse",
 ) -> Tuned:
-    """The second half of express on images of any origin: calibrate, then fine-tune against the teacher.
+    """Calibrate and fine-tune a network on given images, as the second half of the express recipe.
 
     Args:
-        subject: holds the teacher.
+        subject: for its teacher.
         images: (N, C, H, W), normalized.
-        spec: widths and steps.
+        spec: how the network is quantized.
         settings: of express; those of synthesis are not used.
-        seed: of the fine-tuning; with a report's images, seed and settings its network comes out again.
-        method: of clipping, one of ``clipping.METHODS``.
+        seed: seed of fine-tuning; a report's images, seed and settings reproduce its network.
+        method: clipping method, one of ``clipping.METHODS``.
 
     Taught in notebook 07.
     """

@@ -1,6 +1,4 @@
-"""The small world of the first lesson: points in the plane, a network that separates them, points out of it.
-
-Everything a data-free method does to images happens here to pairs of numbers, so that it can be drawn whole.
+"""Data-free quantization in the plane: points instead of images, so that every stage can be plotted.
 
 Taught in notebook 01.
 """
@@ -19,24 +17,22 @@ from dfqlib.quantizer import QuantSpec, calibrate, quantize_layers
 from dfqlib.training import adam
 
 BATCH = 250
-"""Points per optimization step: enough that a batch has its own stable statistics."""
+"""Points per iteration, enough for stable statistics of a batch."""
 
 Sampler = Callable[[int], tuple[Tensor, Tensor]]
-"""Gives so many points and their labels: shapes (n, 2) and (n,)."""
+"""From a count n to points and labels, shapes (n, 2) and (n,)."""
 
 
 def mlp(layers: int = 3, width: int = 16, classes: int = 2) -> nn.Sequential:
     """A classifier of points in the plane: ``layers`` times Linear, BatchNorm, ReLU, then a linear layer.
 
     Args:
-        layers: hidden layers, 1 to 8; each has one set of BatchNorm statistics.
+        layers: hidden layers, 1 to 8, each with one BatchNorm.
         width: units of a hidden layer, 2 or more.
         classes: outputs.
 
     Raises:
-        InputError: a number is out of its range.
-
-    Taught in notebook 01.
+        InputError: ``layers`` or ``width`` is out of range.
     """
     if not 1 <= layers <= 8:
         raise InputError(f"layers={layers} must be from 1 to 8; without one there is no BatchNorm to read")
@@ -48,15 +44,13 @@ def mlp(layers: int = 3, width: int = 16, classes: int = 2) -> nn.Sequential:
 
 
 def fit(network: nn.Module, points: Tensor, labels: Tensor, steps: int = 600) -> nn.Module:
-    """Train ``network`` on labelled points with Adam; it comes back in eval mode, its weights fixed.
+    """Train ``network`` on labeled points with Adam; returns it in eval mode, its weights fixed.
 
     Args:
         network: changed in place.
         points: shape (n, 2).
         labels: shape (n,).
         steps: batches.
-
-    Taught in notebook 01.
     """
 
     def loss(_: int) -> Tensor:
@@ -68,12 +62,10 @@ def fit(network: nn.Module, points: Tensor, labels: Tensor, steps: int = 600) ->
 
 
 def minimize(loss: Callable[[int], Tensor], parameters: list[Tensor], steps: int, lr: float) -> list[float]:
-    """Adam with a cosine schedule on whatever ``loss(step)`` gives; returns the loss of each step.
+    """Minimize ``loss(step)`` by Adam with a cosine schedule; returns the loss of each iteration.
 
     Raises:
-        NonFiniteError: the loss became NaN or infinite; the message says at which step.
-
-    Taught in notebook 01.
+        NonFiniteError: the loss became NaN or infinite.
     """
     optimizer = adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
@@ -91,10 +83,7 @@ def minimize(loss: Callable[[int], Tensor], parameters: list[Tensor], steps: int
 
 
 def statistics_gap(network: nn.Module, points: Tensor) -> float:
-    """How far the statistics of ``points`` are from those the network has stored (GDFQ Eq. 5); 0 is a match.
-
-    Taught in notebook 01.
-    """
+    """Distance of the statistics of ``points`` from the stored ones (GDFQ Eq. 5)."""
     with torch.no_grad(), batchnorm.BatchNormProbe(network) as probe:
         network(points)
         return bn_l2_loss(probe).item()
@@ -133,14 +122,12 @@ def points_from_statistics(network: nn.Module, start: Tensor, steps: int = 300) 
 
 
 class Generator(nn.Module):
-    """Points from a label and noise, ``G(z|y)`` of GDFQ: the label's embedding times z, then hidden layers.
+    """Generator of points, ``G(z|y)`` of GDFQ: the label's embedding times z, then hidden layers.
 
     Args:
-        classes: labels it can be asked for.
+        classes: number of labels.
         latent: length of the noise z.
         width: units of a hidden layer.
-
-    Taught in notebook 01.
     """
 
     def __init__(self, classes: int = 2, latent: int = 32, width: int = 64) -> None:
@@ -156,13 +143,13 @@ class Generator(nn.Module):
         return self.body(self.embedding(labels) * z)
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
-        """Points, shape (count, 2), and the labels they were asked for, shape (count,), balanced."""
+        """Points, shape (count, 2), and their balanced labels, shape (count,)."""
         labels = torch.arange(count) % self.embedding.num_embeddings
         return self(torch.randn(count, self.embedding.embedding_dim), labels), labels
 
     @torch.no_grad()
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """What ``sample`` gives, from the trained generator: in eval mode and without gradients."""
+        """``sample`` in eval mode and without gradients."""
         return self.eval().sample(count)
 
 
@@ -206,10 +193,7 @@ def train_generator(
 
 
 def quantize(network: nn.Module, bits: int, points: Tensor) -> nn.Module:
-    """A copy with every layer in ``bits`` bits (GDFQ Eq. 6), activation ranges from ``points``, BN fixed.
-
-    Taught in notebook 01.
-    """
+    """A copy with every layer in ``bits`` bits (GDFQ Eq. 6), ranges calibrated on ``points``, BatchNorm fixed."""
     spec = QuantSpec(bits, bits, edge_bits=bits, granularity="channel", scheme="affine", step="fixed")
     student = quantize_layers(network, spec)
     calibrate(student, points)
@@ -248,7 +232,7 @@ def fine_tune(
 
 
 def from_pool(points: Tensor, labels: Tensor) -> Sampler:
-    """Draws from fixed points, with replacement."""
+    """A sampler that draws from fixed points with replacement."""
 
     def sample(count: int) -> tuple[Tensor, Tensor]:
         chosen = torch.randint(len(points), (count,))
@@ -259,26 +243,21 @@ def from_pool(points: Tensor, labels: Tensor) -> Sampler:
 
 @torch.no_grad()
 def accuracy(network: nn.Module, points: Tensor, labels: Tensor) -> float:
-    """Share of points whose label the network gives, in percent."""
+    """Accuracy in percent."""
     return 100 * (network(points).argmax(1) == labels).float().mean().item()
 
 
 @torch.no_grad()
 def unsure_share(network: nn.Module, points: Tensor, below: float = 0.9) -> float:
-    """Share of points, in percent, whose most likely class has a probability below ``below``.
-
-    Taught in notebook 01.
-    """
+    """Percent of points whose most likely class has a probability under ``below``."""
     return 100 * (network(points).softmax(1).amax(1) < below).float().mean().item()
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """How far apart two clouds of points are: ``2 E|a - b| - E|a - a'| - E|b - b'|``; 0 for the same.
+    """Energy distance ``2 E|a - b| - E|a - a'| - E|b - b'|`` of two sets of points; 0 for equal distributions.
 
     Args:
         a: shape (n, 2).
         b: shape (m, 2).
-
-    Taught in notebook 01.
     """
     return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()

@@ -1,9 +1,6 @@
-"""What the lessons are played with: seeds, checked parameters, a panel of sliders, verdicts on exercises.
+"""Seeds, checks of parameters, panels of sliders and checks of exercises for the lessons.
 
-A panel is two functions: ``compute``, pure, from the sliders' values to a result, and ``view``, from the
-result to a figure. ipywidgets is imported when a panel is made.
-
-Taught in notebook 01.
+ipywidgets is imported inside the functions. Taught in notebook 01.
 """
 
 import random
@@ -20,12 +17,10 @@ _MESSAGE = '<div style="padding:.4em;border-left:4px solid #D55E00;background:#F
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the random numbers of Python, NumPy and PyTorch, and use PyTorch's deterministic algorithms.
+    """Seed Python, NumPy and PyTorch, and use PyTorch's deterministic algorithms.
 
     Raises:
-        InputError: ``seed`` is no whole number from 0 to 2³² - 1.
-
-    Taught in notebook 01.
+        InputError: ``seed`` is not a whole number from 0 to 2³² - 1.
     """
     check_parameters({"seed": seed}, {"seed": (int, 0, 2**32 - 1)})
     random.seed(seed)
@@ -35,21 +30,18 @@ def seed_everything(seed: int) -> None:
 
 
 def panel(compute: Callable[..., Any], view: Callable[[Any], Any], controls: Mapping[str, Any]) -> Any:
-    """A box of controls above a figure that follows them; input that cannot be used is explained, not raised.
+    """Controls above a figure that is drawn again when one of them changes.
 
-    The last good figure stays below the message until the input is usable again. Errors other than
-    ``InputError`` are bugs and pass through.
+    An ``InputError`` of ``compute`` is shown as a message above the last figure; other errors are raised.
 
     Args:
-        compute: called with the controls' values by name.
-        view: draws what ``compute`` returned; returns a matplotlib figure.
+        compute: pure function from the controls' values, by name, to a result.
+        view: from the result to a matplotlib figure.
         controls: name → ipywidgets control with a ``value``.
 
     Returns:
-        An ipywidgets VBox with the attributes ``controls`` (by name), ``message`` (an HTML widget, empty when
-        all is well), ``image`` (the figure) and ``result`` (what ``compute`` last returned).
-
-    Taught in notebook 01.
+        An ipywidgets VBox with the attributes ``controls`` (by name), ``message`` (an HTML widget), ``image`` (the
+        figure) and ``result`` (the last one of ``compute``).
     """
     from html import escape
 
@@ -75,17 +67,15 @@ def panel(compute: Callable[..., Any], view: Callable[[Any], Any], controls: Map
 
 
 def slider(value: float, low: float, high: float, step: float, description: str, *, log: bool = False) -> Any:
-    """A slider that reports when it is let go; whole numbers when all of its numbers are.
+    """A slider that reports its value on release, an integer one when all of its numbers are integers.
 
     Args:
-        value: where it starts.
-        low: left end; of the exponent when ``log``.
-        high: right end, likewise.
-        step: distance of its stops, likewise.
-        description: what it sets, with the unit if it has one.
-        log: powers of ten.
-
-    Taught in notebook 01.
+        value: initial value.
+        low: smallest value, or its exponent to base 10 if ``log``.
+        high: largest value, likewise.
+        step: increment, likewise.
+        description: label, with the unit if there is one.
+        log: logarithmic scale.
     """
     import ipywidgets
 
@@ -100,17 +90,15 @@ def slider(value: float, low: float, high: float, step: float, description: str,
 
 
 def check_parameters(given: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse a lesson's parameters that have the wrong type or leave their range, one line for all.
+    """Check the types and ranges of a lesson's parameters.
 
     Args:
         given: name → value.
         allowed: name → (int or float, smallest, largest), where an int passes for a float; (str,) for any text; or
-            the texts to choose from.
+            the allowed texts.
 
     Raises:
-        InputError: names each parameter that cannot be used, its value and what it may be.
-
-    Taught in notebook 01.
+        InputError: names each invalid parameter, its value and the allowed ones.
     """
     wrong = []
     for name, limits in allowed.items():
@@ -130,16 +118,14 @@ def check_parameters(given: Mapping[str, Any], allowed: Mapping[str, tuple[Any, 
 
 
 def check(exercise: str, answer: Any, expected: Any, *, hint: str, tolerance: float = 1e-4) -> str:
-    """Verdict on an exercise: not answered yet, right, or the first thing that is wrong with it, with a hint.
+    """Check an answer to an exercise; returns a line that says whether it is right, with a hint if it is not.
 
     Args:
         exercise: its name.
-        answer: what the reader's function returned; None or ``...`` when there is no answer yet.
-        expected: number or tensor, or a pair (smallest, largest) for an answer that may lie anywhere between.
-        hint: where to look when the answer is wrong.
-        tolerance: of a comparison with one number or tensor, relative and absolute.
-
-    Taught in notebook 01.
+        answer: what the reader's function returned; None or ``...`` for no answer yet.
+        expected: number or tensor, or a pair (smallest, largest) for a range.
+        hint: shown with a wrong answer.
+        tolerance: relative and absolute, for a number or tensor.
     """
     if answer is None or answer is ...:
         return f"{exercise}: no answer yet"

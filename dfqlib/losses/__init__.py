@@ -1,8 +1,11 @@
-"""Every loss term of the methods, one short pure function each; lower is better unless it says otherwise."""
+"""The loss terms of the methods, and the objectives that sum them.
 
-from dfqlib.losses.images import (
-    total_variation_loss,
-)
+Each loss is a pure function of tensors and is minimized unless it says otherwise. Three functions are not losses:
+``slack_margins`` runs a network to measure the margins of ``slack_bn_loss``, ``difficulty`` weights images, and
+``trusted_labels`` selects labels.
+"""
+
+from dfqlib.losses.images import total_variation_loss
 from dfqlib.losses.later import (
     adaptability_loss,
     attention_loss,
@@ -30,12 +33,7 @@ from dfqlib.losses.outputs import (
     one_hot_loss,
     sample_entropy,
 )
-from dfqlib.losses.slack import (
-    SlackMargin,
-    layerwise_enhancement,
-    slack_bn_loss,
-    slack_margins,
-)
+from dfqlib.losses.slack import SlackMargin, layerwise_enhancement, slack_bn_loss, slack_margins
 from dfqlib.losses.statistics import (
     bn_divergence_loss,
     bn_gaussian_kl_loss,

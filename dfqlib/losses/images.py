@@ -1,12 +1,12 @@
-"""Terms of the images themselves."""
+"""Losses of the pixels."""
 
 from torch import Tensor
 
 
 def total_variation_loss(images: Tensor) -> Tensor:
-    """How much neighboring pixels differ (DeepInversion): small for smooth images.
+    """Total variation (DeepInversion): small for smooth images.
 
-    Sums the Euclidean norms of the differences to the right, downwards and along both diagonals.
+    Sums the Euclidean norms of the differences between neighboring pixels: to the right, down, and both diagonals.
 
     Args:
         images: shape (batch, channels, height, width).

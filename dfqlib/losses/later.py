@@ -1,4 +1,4 @@
-"""Terms of later papers, each an option of the express recipe: hard samples, adaptable samples, trusted labels."""
+"""Losses of later papers, options of the express recipe: HAST, AdaDFQ and SynQ."""
 
 import math
 from collections.abc import Sequence
@@ -11,31 +11,31 @@ from dfqlib.errors import InputError
 
 
 def difficulty(logits: Tensor, labels: Tensor) -> Tensor:
-    """How far each image is from showing its label: ``1 - p_y`` (HAST, SynQ).
+    """Difficulty of each image: ``1 - p_y`` (HAST, SynQ).
 
-    For a mixture of classes, which the papers do not have, it is the total variation distance
-    ``1/2 sum_k |p_k - y_k|``, which is ``1 - p_y`` for a single class.
+    Computes the total variation distance ``1/2 sum_k |p_k - y_k|``, which is ``1 - p_y`` for a single class and also
+    covers mixtures of classes, which the papers do not have.
 
     Args:
         logits: teacher outputs, shape (batch, classes).
         labels: classes of shape (batch,), or probabilities of shape (batch, classes).
 
     Returns:
-        Shape (batch,), from 0 (shown with certainty) to 1.
+        Shape (batch,), from 0 (the label has probability 1) to 1.
     """
     return 0.5 * (F.softmax(logits, dim=1) - as_probabilities(logits, labels)).abs().sum(1)
 
 
 def as_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """Labels as rows of probabilities, shape (batch, classes), whichever form they have."""
+    """Labels as probabilities, shape (batch, classes)."""
     return F.one_hot(labels, logits.shape[1]).to(logits) if labels.dim() == 1 else labels.to(logits)
 
 
 def hard_sample_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
-    """Label cross-entropy in which images that already show their label count less (HAST, CVPR 2023).
+    """Label cross-entropy weighted by difficulty (HAST, CVPR 2023).
 
-    Computes ``mean_x (1 - p_y)^gamma CE(t, y)``: the pull ends before the image is easy. As in the released
-    code, the weight has a gradient too.
+    Computes ``mean_x (1 - p_y)^gamma CE(t, y)``, which stops pulling an image to its label before it is easy. As in
+    the released code, the weight is differentiated too.
 
     Args:
         logits: teacher outputs t, shape (batch, classes).
@@ -62,21 +62,20 @@ def adaptability_loss(
     low: float = 0.1,
     high: float = 0.8,
 ) -> Tensor:
-    """Images on which teacher and student neither wholly agree nor wholly disagree (AdaDFQ, CVPR 2023).
+    """Loss for images on which teacher and student neither fully agree nor fully disagree (AdaDFQ, CVPR 2023).
 
-    Computes ``a_ds CE(t - s, y) + a_as CE(t + s, y) + mean_x [max(low - h, 0) + max(h - high, 0)]`` with the
-    entropy h of softmax(t - s), divided by log(classes). An entropy of 1 means agreement: t - s says nothing.
-    (The released code also subtracts the batch's smallest entropy from h, so that one image of each batch is
-    always below ``low``; here h is that of the image alone.)
+    Computes ``a_ds CE(t - s, y) + a_as CE(t + s, y) + mean_x [max(low - h, 0) + max(h - high, 0)]`` with
+    ``h = H(softmax(t - s)) / log(classes)``, which is 1 where teacher and student agree. (The released code also
+    subtracts the smallest h of the batch, so that one image of each batch is always below ``low``.)
 
     Args:
         teacher: teacher logits t, shape (batch, classes).
         student: student logits s, shape (batch, classes).
         labels: classes of shape (batch,), or probabilities of shape (batch, classes).
-        disagreement_weight: a_ds; the released code's for CIFAR-10, as the three that follow.
+        disagreement_weight: a_ds; this and the next three defaults are the released code's for CIFAR-10.
         agreement_weight: a_as.
-        low: smallest entropy that costs nothing, as a share of log(classes).
-        high: largest one.
+        low: smallest h that costs nothing.
+        high: largest h that costs nothing.
 
     Returns:
         Scalar tensor, differentiable in both.
@@ -96,20 +95,20 @@ def adaptability_loss(
 
 
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Distance of the student's channel attention from the teacher's (feature alignment of HAST, CVPR 2023).
+    """Distance between the channel attention of student and teacher (feature alignment of HAST, CVPR 2023).
 
-    The attention of a feature map is its mean square over the pixels of each channel, brought to length 1 for
-    each image. Computes ``sum_l mean_(x, c) (a_S - a_T)^2``.
+    Computes ``sum_l mean_(x, c) (a_S - a_T)^2``, where the attention ``a`` of an image is the mean square of each
+    channel over the pixels, normalized to length 1 over the channels.
 
     Args:
         student: feature maps of the student, each (batch, channels, height, width) or (batch, channels).
-        teacher: those of the teacher at the same places.
+        teacher: feature maps of the teacher at the same layers.
 
     Returns:
         Scalar tensor, differentiable in both.
 
     Raises:
-        InputError: there are none, or not as many of one as of the other.
+        InputError: there are none, or the numbers differ.
     """
     if len(student) != len(teacher) or not student:
         raise InputError(f"{len(student)} student and {len(teacher)} teacher feature maps; give as many, at least one")
@@ -122,14 +121,14 @@ def _attention(features: Tensor) -> Tensor:
 
 
 def trusted_labels(logits: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """Labels without those of difficult images, which the teacher itself does not see (SynQ, ICLR 2025).
+    """Labels of the images whose difficulty is below a threshold (SynQ, ICLR 2025).
 
     ``label_loss(student, trusted_labels(teacher, y, tau))`` is ``mean_x [1 - p_y < tau] CE(s, y)``.
 
     Args:
         logits: teacher outputs, shape (batch, classes).
         labels: classes of shape (batch,), or probabilities of shape (batch, classes).
-        threshold: tau; SynQ searches 0.5 ... 0.7.
+        threshold: tau; SynQ searches 0.5 to 0.7.
 
     Returns:
         Probabilities, shape (batch, classes); a row of zeros where the label is not trusted.

@@ -1,4 +1,4 @@
-"""What each method's generator or student minimizes: the terms of the papers, weighted and summed."""
+"""Objectives of generators and students: weighted sums of the papers' loss terms, each a scalar tensor."""
 
 import math
 from collections.abc import Sequence
@@ -30,18 +30,17 @@ def dfqf_generator_loss(
     bn_weight: float = 0.1,
     adversarial_weight: float = 5.0,
 ) -> Tensor:
-    """Generator's objective (DFQF, Eq. 9): confident, balanced, lifelike, hard for the student.
+    """Generator's objective (DFQF, Eq. 9): ``L_is + bn_weight * L_bn + adversarial_weight * L_adv``.
+
+    The terms are those of the released code: see ``bn_divergence_loss`` and ``adversarial_loss``.
 
     Args:
         teacher: teacher logits of the generated images, shape (batch, classes).
-        student: student logits of the same, shape (batch, classes).
-        probe: a probe of the teacher that has seen the images.
+        student: student logits of the same images, shape (batch, classes).
+        probe: a probe of the teacher after a forward pass of the images.
         alpha: weight of the balance within the inception score.
         bn_weight: weight of ``bn_divergence_loss``.
         adversarial_weight: weight of ``adversarial_loss``.
-
-    Returns:
-        Scalar tensor.
 
     Taught in notebook 04.
     """
@@ -57,18 +56,15 @@ def gdfq_generator_loss(
     variant: str = "paper",
     label_weight: float = 1.0,
 ) -> Tensor:
-    """Generator's objective (GDFQ, Eq. 9): the label shows and the statistics agree.
+    """Generator's objective (GDFQ, Eq. 9): ``label_weight * CE + bn_weight * BNS``.
 
     Args:
         teacher: teacher logits of the generated images, shape (batch, classes).
-        labels: what the images were made for, as in ``label_loss``.
-        probe: a probe of the teacher that has seen the images.
+        labels: what the images were generated for, as in ``label_loss``.
+        probe: a probe of the teacher after a forward pass of the images.
         bn_weight: weight of ``bn_l2_loss``.
         variant: form of ``bn_l2_loss``, "paper" or "released".
         label_weight: weight of ``label_loss``; 1 in the paper, 0 for the ablation without it.
-
-    Returns:
-        Scalar tensor.
 
     Taught in notebook 04.
     """
@@ -84,19 +80,16 @@ def gdfq_student_loss(
     variant: str = "paper",
     label_weight: float = 1.0,
 ) -> Tensor:
-    """Quantized network's objective (GDFQ, Eq. 10): the labels and the teacher's outputs.
+    """Quantized network's objective (GDFQ, Eq. 10): ``label_weight * CE + kd_weight * KD``.
 
     Args:
         student: logits of the quantized network, shape (batch, classes).
         teacher: teacher logits, shape (batch, classes).
-        labels: what the images were made for, as in ``label_loss``.
+        labels: what the images were generated for, as in ``label_loss``.
         kd_weight: weight of ``distillation_loss``.
-        temperature: of ``distillation_loss``.
+        temperature: of ``distillation_loss``; 20 in the released code, the paper has none.
         variant: form of ``distillation_loss``, "paper" or "released".
         label_weight: weight of ``label_loss``; 1 in the paper, 0 for the ablation without it.
-
-    Returns:
-        Scalar tensor.
 
     Taught in notebook 06.
     """
@@ -105,14 +98,13 @@ def gdfq_student_loss(
 
 
 def akd_prior_loss(teacher: Tensor, probe: BatchNormProbe) -> Tensor:
-    """What AKD knows of real images (L_psi): statistics as stored, each image certain, the classes balanced.
+    """Prior of AKD on real images (L_psi): stored statistics, confident images, balanced classes.
+
+    Computes ``bn_gaussian_kl_loss + E[H(p)] - H(E[p])`` with ``p = softmax(teacher)``.
 
     Args:
         teacher: teacher logits of the generated images, shape (batch, classes).
-        probe: a probe of the teacher that has seen the images.
-
-    Returns:
-        Scalar tensor.
+        probe: a probe of the teacher after a forward pass of the images.
 
     Taught in notebook 08.
     """
@@ -122,18 +114,15 @@ def akd_prior_loss(teacher: Tensor, probe: BatchNormProbe) -> Tensor:
 def akd_generator_loss(
     teacher: Tensor, students: Sequence[Tensor], probe: BatchNormProbe, alpha: float = 0.01
 ) -> Tensor:
-    """One generator's objective of AKD, to be minimized: ``alpha * L_psi - mean_s KL(teacher || student s)``.
+    """Objective of one generator of AKD: ``alpha * L_psi - mean_s KL(teacher || student s)``.
 
-    The mean of this over the generators averages the divergence over all pairs of generator and student.
+    Its mean over the generators averages the divergence over all pairs of generator and student.
 
     Args:
         teacher: teacher logits of this generator's images, shape (batch, classes).
         students: logits of each student on the same images.
-        probe: a probe of the teacher that has seen the images.
+        probe: a probe of the teacher after a forward pass of the images.
         alpha: weight of ``akd_prior_loss``.
-
-    Returns:
-        Scalar tensor.
 
     Raises:
         InputError: there is no student.
@@ -154,18 +143,18 @@ def dafl_loss(
     activation_weight: float = 0.01,
     variant: str = "paper",
 ) -> Tensor:
-    """Generator's objective of DAFL: certain, balanced, with strong activations; needs no BatchNorm.
+    """Generator's objective of DAFL, which needs no BatchNorm.
+
+    Computes ``one_hot_weight * CE(t, argmax t) - balance_weight * H(mean_x softmax(t)) - activation_weight *
+    mean|features|`` for the teacher's logits t.
 
     Args:
         teacher: teacher logits of the generated images, shape (batch, classes).
-        features: what enters the teacher's last layer, any shape.
-        one_hot_weight: of ``one_hot_loss``; the defaults are the published ones for CIFAR-10.
+        features: input of the teacher's last layer, any shape.
+        one_hot_weight: of ``one_hot_loss``; the three defaults are the published ones for CIFAR-10.
         balance_weight: of ``batch_entropy``.
         activation_weight: of the mean absolute feature.
-        variant: "paper" measures entropy in nats; "released" in decimal digits, as the authors' code does.
-
-    Returns:
-        Scalar tensor.
+        variant: "paper" measures the entropy in nats, "released" in decimal digits as the authors' code does.
 
     Raises:
         InputError: ``variant`` is unknown.
@@ -182,18 +171,15 @@ def dafl_loss(
 def deep_inversion_loss(
     teacher: Tensor, labels: Tensor, probe: BatchNormProbe, images: Tensor, bn_weight: float, tv_weight: float
 ) -> Tensor:
-    """Objective of DeepInversion: the label shows, the statistics agree, the image is smooth.
+    """Objective of DeepInversion: ``CE + bn_weight * sum_l (||mu_hat - mu|| + ||v_hat - v||) + tv_weight * TV``.
 
     Args:
         teacher: teacher logits of the images, shape (batch, classes).
-        labels: what the images are to show, as in ``label_loss``.
-        probe: a probe of the teacher that has seen the images.
+        labels: targets of the images, as in ``label_loss``.
+        probe: a probe of the teacher after a forward pass of the images.
         images: shape (batch, channels, height, width).
-        bn_weight: weight of ``bn_norm_loss``, summed over the layers.
+        bn_weight: weight of ``bn_norm_loss`` with ``reduction="sum"``.
         tv_weight: weight of ``total_variation_loss``.
-
-    Returns:
-        Scalar tensor.
 
     Taught in notebook 03.
     """

@@ -1,4 +1,4 @@
-"""Terms of the logits: confident, balanced, agreeing or disagreeing."""
+"""Losses of the logits: confidence and balance of the teacher, agreement of student and teacher."""
 
 import math
 
@@ -12,11 +12,11 @@ from dfqlib.errors import InputError
 def inception_score_loss(logits: Tensor, alpha: float = 40.0) -> Tensor:
     """Confident on each image, balanced over the batch (DFQF, Eq. 5).
 
-    Computes ``mean_x H(p(y|x)) - alpha * H(p(y))`` with ``p = softmax(logits)``; lower is better.
+    Computes ``mean_x H(p(y|x)) - alpha * H(p(y))`` with ``p = softmax(logits)``.
 
     Args:
         logits: teacher outputs, shape (batch, classes).
-        alpha: weight of the balance term, in nats per nat; DFQF uses 40.
+        alpha: weight of the balance term; DFQF uses 40.
 
     Returns:
         Scalar tensor, differentiable in ``logits``.
@@ -48,7 +48,7 @@ def batch_entropy(logits: Tensor) -> Tensor:
         logits: shape (batch, classes).
 
     Returns:
-        Scalar tensor between 0 (one class only) and log(classes) (balanced): to be made large.
+        Scalar tensor between 0 (one class only) and log(classes) (balanced); generators maximize it.
 
     Taught in notebook 04.
     """
@@ -58,7 +58,7 @@ def batch_entropy(logits: Tensor) -> Tensor:
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the labels that images were made for (GDFQ, Eq. 4 and Eq. 7).
+    """Cross-entropy with the labels that the images were generated for (GDFQ, Eq. 4 and Eq. 7).
 
     Args:
         logits: shape (batch, classes).
@@ -87,16 +87,17 @@ def one_hot_loss(logits: Tensor) -> Tensor:
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, variant: str = "paper") -> Tensor:
-    """Divergence of the student's class probabilities from the teacher's (DFQF Eq. 2, GDFQ Eq. 8).
+    """KL divergence of the student's class probabilities from the teacher's (GDFQ, Eq. 8; DFQF, Eq. 2).
 
-    Computes ``KL(softmax(teacher / T) || softmax(student / T)) * T^2``, the mean over the batch. The factor
-    keeps the gradient's size independent of the temperature.
+    Computes ``KL(softmax(teacher / T) || softmax(student / T)) * T^2``, the mean over the batch; ``T^2`` keeps the
+    size of the gradient independent of T. DFQF's Eq. 2 prints the cross-entropy of the two, which differs by the
+    teacher's entropy and has the same gradient for the student; its released code uses this divergence.
 
     Args:
         student: student logits, shape (batch, classes).
         teacher: teacher logits, shape (batch, classes).
-        temperature: T; 1 in DFQF, 20 in GDFQ.
-        variant: "paper", or "released" to divide by the number of classes too, as GDFQ's code does.
+        temperature: T. Neither paper has one; GDFQ's released code uses 20.
+        variant: "paper", or "released" to also divide by the number of classes, as GDFQ's code does.
 
     Returns:
         Scalar tensor, differentiable in both.
@@ -117,9 +118,11 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
 
 
 def adversarial_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """What a generator minimizes to find images on which student and teacher disagree (DFQF, Eq. 8; AKD).
+    """Generator's loss for images on which student and teacher disagree (DFQF, Eq. 8; AKD).
 
-    The negative of ``distillation_loss`` at temperature 1.
+    The negative of ``distillation_loss`` at temperature 1, as in DFQF's released code and in AKD. With the
+    cross-entropy of DFQF's Eq. 2 the generator would also minimize ``-H(softmax(teacher))``, and so be rewarded for
+    images on which the teacher is undecided.
 
     Args:
         student: student logits, shape (batch, classes).
@@ -134,7 +137,7 @@ def adversarial_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def dfad_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean absolute difference of the logits (DFAD): the student descends it, the generator ascends it.
+    """Mean absolute difference of the logits (DFAD): minimized by the student, maximized by the generator.
 
     Args:
         student: student logits, shape (batch, classes).
@@ -155,13 +158,13 @@ def dfad_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def competition_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tensor:
     """One minus the Jensen-Shannon divergence of the two outputs (Adaptive DeepInversion).
 
-    Minimized by images on which student and teacher disagree. The divergence is in nats: the loss lies
-    between ``1 - log 2`` and 1.
+    Minimized by images on which student and teacher disagree. The divergence is in nats, so the loss lies between
+    ``1 - log 2`` and 1.
 
     Args:
         student: student logits, shape (batch, classes).
         teacher: teacher logits, shape (batch, classes).
-        temperature: softens both before they are compared.
+        temperature: divides both logits.
 
     Returns:
         Scalar tensor, differentiable in both.

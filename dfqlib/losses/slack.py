@@ -1,4 +1,4 @@
-"""DSG's slack: a statistic within its margin costs nothing, so that images stay diverse."""
+"""Slack of DSG: a distance between statistics costs nothing within a margin, which keeps the images diverse."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from dfqlib.losses.statistics import deviation
 
 
 class SlackMargin(NamedTuple):
-    """How far one layer's statistics may be off for nothing: the delta and gamma of DSG."""
+    """Largest distances of one layer's mean and deviation that cost nothing: delta and gamma of DSG."""
 
     mean: float
     std: float
@@ -26,25 +26,24 @@ def slack_margins(
     batch_size: int = 128,
     rng: torch.Generator | None = None,
 ) -> list[SlackMargin]:
-    """Margins of every BatchNorm layer, measured on Gaussian inputs (DSG).
+    """Run a network on Gaussian images and measure the margins of its BatchNorm layers (DSG).
 
-    A layer's margin is the percentile, over its channels, of the gap between the statistics of all the
-    Gaussian images together and those stored.
+    A layer's margin is a percentile, over its channels, of the distance between the statistics of all Gaussian images
+    together and the stored ones.
 
     Args:
         model: a trained network in evaluation mode.
-        image_shape: (channels, height, width) of its input.
+        image_shape: (channels, height, width).
         percentile: DSG's epsilon, from 0 (no slack: the smallest gap) to 1.
         images: how many Gaussian images; 1,024 in the paper.
-        batch_size: how many of them go through the network at once.
+        batch_size: images per forward pass.
         rng: source of randomness; torch's global one by default.
 
     Returns:
-        One margin for each BatchNorm layer, in the order in which they run.
+        One margin for each BatchNorm layer, in order of execution.
 
     Raises:
-        InputError: ``percentile`` is not between 0 and 1, ``images`` is not positive, or there is no
-            BatchNorm.
+        InputError: ``percentile`` is not between 0 and 1, ``images`` is not positive, or there is no BatchNorm.
 
     Taught in notebook 03.
     """
@@ -78,14 +77,13 @@ def _add(totals: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
 
 
 def slack_bn_loss(probe: BatchNormProbe, margins: Sequence[SlackMargin]) -> Tensor:
-    """Statistics term of DSG: only what a gap exceeds its margin by costs anything.
+    """Statistics term of DSG (SDA): the part of each distance that exceeds its margin.
 
-    Computes ``sum_l ||max(|mu_hat - mu| - delta_l, 0)||^2 + ||max(|sigma_hat - sigma| - gamma_l,
-    0)||^2``. (The released training code takes ``max(|gap - delta|, 0)``, whose absolute value cancels
-    the slack: this is the paper's form.)
+    Computes ``sum_l ||max(|mu_hat - mu| - delta_l, 0)||^2 + ||max(|sigma_hat - sigma| - gamma_l, 0)||^2``, the form of
+    the paper. (The released training code has ``max(|gap - delta|, 0)``, where the absolute value cancels the slack.)
 
     Args:
-        probe: a probe that has seen a forward pass.
+        probe: a probe after a forward pass.
         margins: what ``slack_margins`` measured for the same network.
 
     Returns:
@@ -101,21 +99,21 @@ def slack_bn_loss(probe: BatchNormProbe, margins: Sequence[SlackMargin]) -> Tens
 
 
 def layerwise_enhancement(probe: BatchNormProbe, margins: Sequence[SlackMargin]) -> Tensor:
-    """DSG's statistics term with another focus for each image: image n weights layer n twice.
+    """Layerwise sample enhancement of DSG (LSE): image n weights layer n twice.
 
-    Computes ``(1/N) 1^T (I + 1 1^T) L``, with the slack loss of each of the N layers on the statistics of
-    each image alone: ``(1/N) sum_n (sum_l L_nl + L_nn)``. It needs one image for each BatchNorm layer; of a
-    multiple, every N images are such a batch, and the losses add: no image feels the others.
+    Computes ``(1/N) 1^T (I + 1 1^T) L = (1/N) sum_n (sum_l L_nl + L_nn)``, where ``L_nl`` is the slack loss of image
+    n's own statistics in layer l and N the number of BatchNorm layers. Of k * N images, each N are such a batch, and
+    the losses add. The variance is biased (ZeroQ's, which DSG's synthesis follows otherwise, is not).
 
     Args:
-        probe: a probe that has seen a forward pass of as many images as there are BatchNorm layers, or a multiple.
+        probe: a probe after a forward pass of N images, or a multiple of N.
         margins: what ``slack_margins`` measured for the same network.
 
     Returns:
         Scalar tensor, differentiable in the network's input.
 
     Raises:
-        InputError: the batch has another size, or the number of margins is another.
+        InputError: the number of images or of margins does not fit the layers.
 
     Taught in notebook 03.
     """
@@ -140,5 +138,5 @@ def _slack_gap(layer: LayerInput, margin: SlackMargin, per_sample: bool) -> Tens
     mean, var = layer.statistics(per_sample)
     gap = ((mean - layer.stored_mean).abs() - margin.mean).clamp_min(0).square().sum(-1)
     if per_sample and layer.input.dim() == 2:
-        return gap  # one value of a fully connected layer has no deviation
+        return gap  # after a linear layer one image has one value per channel, and no deviation
     return gap + ((deviation(var) - deviation(layer.stored_var)).abs() - margin.std).clamp_min(0).square().sum(-1)

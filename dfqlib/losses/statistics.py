@@ -1,4 +1,4 @@
-"""How far the statistics inside the network are from those it has stored."""
+"""Distances between the statistics of a batch and those stored in the BatchNorm layers."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,11 @@ from dfqlib.losses.outputs import check_variant
 def bn_norm_loss(probe: BatchNormProbe, reduction: str = "mean") -> Tensor:
     """Distance of the batch's statistics from the stored ones, norms not squared (DeepInversion).
 
-    Computes ``||mu_hat - mu||_2 + ||v_hat - v||_2`` for each layer, with the biased variance. Without the
-    squares a layer that is already close keeps a gradient of full length, and one far off does not drown
-    the others.
+    Computes ``||mu_hat - mu||_2 + ||v_hat - v||_2`` for each layer, with the biased variance. The gradient of a norm
+    that is not squared has the same length at every distance, so no layer dominates the others.
 
     Args:
-        probe: a probe that has seen a forward pass.
+        probe: a probe after a forward pass.
         reduction: "mean" over the layers (the express recipe), or their "sum" (the paper).
 
     Returns:
@@ -40,11 +39,11 @@ def bn_norm_loss(probe: BatchNormProbe, reduction: str = "mean") -> Tensor:
 def bn_divergence_loss(probe: BatchNormProbe) -> Tensor:
     """Statistics term (DFQF, Eq. 7), as its released code computes it.
 
-    Computes ``sum_l mean_c[v_hat - v log v_hat + (mu_hat - mu)^2]`` with the unbiased variance ``v_hat``.
-    It is smallest, and not zero, where the statistics agree.
+    Computes ``sum_l mean_c[v_hat - v log v_hat + (mu_hat - mu)^2]`` with the unbiased variance ``v_hat``. The paper
+    prints a sum over the channels, which is larger by their number. The minimum, where the statistics agree, is not 0.
 
     Args:
-        probe: a probe that has seen a forward pass.
+        probe: a probe after a forward pass.
 
     Returns:
         Scalar tensor, differentiable in the network's input.
@@ -65,9 +64,8 @@ def bn_l2_loss(probe: BatchNormProbe, variant: str = "paper") -> Tensor:
     Computes ``||mu_hat - mu||^2 + ||v_hat - v||^2`` for each layer, with the biased variance.
 
     Args:
-        probe: a probe that has seen a forward pass.
-        variant: "paper" sums over channels and layers; "released" averages over both, as the authors'
-            code does.
+        probe: a probe after a forward pass.
+        variant: "paper" sums over channels and layers, "released" averages over both as the authors' code does.
 
     Returns:
         Scalar tensor, differentiable in the network's input.
@@ -88,14 +86,13 @@ def bn_l2_loss(probe: BatchNormProbe, variant: str = "paper") -> Tensor:
 
 
 def bn_gaussian_kl_loss(probe: BatchNormProbe) -> Tensor:
-    """Divergence between Gaussians of the batch's and of the stored statistics (DFQF, Eq. 6; AKD).
+    """KL divergence between Gaussians with the batch's and with the stored statistics (DFQF, Eq. 6; AKD).
 
-    The Kullback-Leibler divergence ``sum_l sum_c [(v_hat + (mu_hat - mu)^2) / (2 v) - log(v_hat / v) / 2
-    - 1/2]``; zero where they agree. Variances below a layer's eps count as eps, as they do for the layer
-    itself.
+    Computes ``sum_l sum_c [(v_hat + (mu_hat - mu)^2) / (2 v) - log(v_hat / v) / 2 - 1/2]``, which is 0 where the
+    statistics agree. Variances are clamped at the layer's eps.
 
     Args:
-        probe: a probe that has seen a forward pass.
+        probe: a probe after a forward pass.
 
     Returns:
         Scalar tensor, differentiable in the network's input.
@@ -112,14 +109,14 @@ def bn_gaussian_kl_loss(probe: BatchNormProbe) -> Tensor:
 
 
 def zeroq_loss(probe: BatchNormProbe, images: Tensor) -> Tensor:
-    """Statistics term of ZeroQ: each image alone is to have the stored mean and standard deviation.
+    """Statistics term of ZeroQ: the mean and standard deviation of each image against the stored ones.
 
-    Computes ``sum_l mean_n(||mu_n - mu||^2 + ||sigma_n - sigma||^2)``, with the unbiased variance as the
-    released code has it, plus the same for the images themselves against mean 0 and deviation 1. A layer
-    without spatial extent is left out: one image has no deviation there.
+    Computes ``sum_l mean_n(||mu_n - mu||^2 + ||sigma_n - sigma||^2)``, with the unbiased variance of the released
+    code, plus the same term for the pixels with mean 0 and deviation 1. BatchNorm layers after a linear layer are
+    left out, because one image has one value per channel there.
 
     Args:
-        probe: a probe that has seen a forward pass of ``images``.
+        probe: a probe after a forward pass of ``images``.
         images: the network's input, shape (batch, channels, height, width).
 
     Returns:
@@ -137,7 +134,7 @@ def zeroq_loss(probe: BatchNormProbe, images: Tensor) -> Tensor:
 
 
 def deviation(var: Tensor) -> Tensor:
-    """Standard deviation of a variance of 0 or more; the root's gradient would be infinite at 0."""
+    """Standard deviation ``sqrt(var + 1e-6)``, whose gradient is finite at a variance of 0."""
     return (var + 1e-6).sqrt()
 
 

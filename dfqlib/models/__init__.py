@@ -1,4 +1,4 @@
-"""Networks: those with known checkpoints by name, the architectures of the papers, and what each of them costs.
+"""Networks by name with trained weights, the architectures of the papers, and their cost.
 
 >>> teacher = load_model("digits_resnet8")                      # bundled
 >>> teacher = load_model("cifar10_resnet20")                    # downloaded once, hash checked
@@ -6,7 +6,7 @@
 >>> student = build("wrn_16_1", classes=100)                    # random weights
 >>> complexity(student, image_shape=(3, 32, 32))                # weights, multiply-accumulates
 
-A network of your own needs none of this: build it and call :func:`load_checkpoint`.
+For a network of your own, build it and call :func:`load_checkpoint`.
 
 Taught in notebooks 05 and 11.
 """

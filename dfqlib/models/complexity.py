@@ -1,4 +1,4 @@
-"""What a network costs: how many parameters it has, and how many multiply-accumulates an image takes."""
+"""Parameters and multiply-accumulates of a network."""
 
 import copy
 
@@ -10,14 +10,13 @@ from dfqlib.errors import InputError
 
 
 def complexity(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Parameters, and multiply-accumulates of convolutions and matrix products for one image.
+    """Number of parameters, and of multiply-accumulates in convolutions and matrix products for one image.
 
-    Biases, BatchNorm, activations and pooling add parameters but no multiply-accumulates, as in most papers' tables
-    of "FLOPs"; some count them, and some count a multiply-accumulate twice. PyTorch's own counter watches the
-    operations as they run, so that a functional call counts like a module.
+    Biases, BatchNorm, activations and pooling count as parameters but not as multiply-accumulates, as in most papers'
+    tables of "FLOPs". PyTorch's counter records the operations that run, functional calls included.
 
     Args:
-        model: any network called with one tensor; left as it is. On the meta device nothing is computed.
+        model: any network called with one tensor; not modified. On the meta device nothing is computed.
         image_shape: (channels, height, width).
 
     Returns:

@@ -1,4 +1,4 @@
-"""LeNet-5 of LeCun et al. 1998, as data-free distillation uses it on MNIST."""
+"""LeNet-5 of LeCun et al. 1998, in the variants of data-free distillation on MNIST."""
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +10,15 @@ from dfqlib.errors import InputError
 class LeNet5(nn.Module):
     """Three convolutions and two linear layers: 44,568 parameters, or 11,489 with half the channels.
 
-    Widths, ReLU, max pooling and the names of the weights are those of DAFL (Chen et al. 2019), whose network has
-    no BatchNorm and sees MNIST enlarged to 32x32: ``LeNet5(image_size=32, batchnorm=False)`` takes its checkpoints.
-    The default has BatchNorm, which every method that matches BN statistics needs, and MNIST's own 28x28. It is the
-    variant that reproduces DFQF's ratios of half to whole: 25.8 % of the parameters, and 33.0 % of the FLOPs when
-    BatchNorm counts as one operation an output (32.7 % of the multiply-accumulates alone).
+    Channels, ReLU, max pooling and the names of the weights are those of DAFL (Chen et al. 2019), whose network has no
+    BatchNorm and takes MNIST enlarged to 32x32: ``LeNet5(image_size=32, batchnorm=False)`` loads its checkpoints. The
+    default has BatchNorm, for methods that match its statistics, and takes MNIST's 28x28. It reproduces DFQF's ratios
+    of half to whole: 25.8 % of the parameters, and 33.0 % of the FLOPs with one operation per output of BatchNorm.
 
     Args:
         classes: number of classes.
-        half: half of the channels everywhere, the student of DAFL and DFQF.
-        image_size: height and width of the images of one channel, 28 or 32.
+        half: half of the channels in each layer, the student of DAFL and DFQF.
+        image_size: height and width of the one-channel images, 28 or 32.
         batchnorm: BatchNorm after each convolution, which then has no bias.
     """
 
@@ -29,7 +28,7 @@ class LeNet5(nn.Module):
             raise InputError(f"image_size={image_size} is not LeNet-5's; take 28, or 32 for enlarged images")
         widths = (3, 8, 60, 42) if half else (6, 16, 120, 84)
         first, second, third, hidden = widths
-        last_map = ((image_size - 4) // 2 - 4) // 2  # the third convolution covers all that is left
+        last_map = ((image_size - 4) // 2 - 4) // 2  # the third convolution covers the whole map
         self.conv1, self.bn1 = _convolution(1, first, 5, batchnorm)
         self.conv2, self.bn2 = _convolution(first, second, 5, batchnorm)
         self.conv3, self.bn3 = _convolution(second, third, last_map, batchnorm)

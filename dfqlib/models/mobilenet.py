@@ -5,13 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-"""Table 2 of the paper: expansion, channels, blocks, stride of the first one; stride 1 for 2 at 24 channels."""
+"""Table 2 of the paper: expansion, channels, blocks, stride of the first one; at 24 channels the stride is 1, not 2."""
 
 
 class InvertedResidual(nn.Module):
-    """Expand by a 1x1 convolution, filter each channel on its own, project: Sandler et al. 2018, section 3.3.
+    """A 1x1 convolution that expands, a depthwise one, and a 1x1 projection (Sandler et al. 2018, section 3.3).
 
-    ReLU6 follows the first two; the projection stays linear, so what the shortcut adds can be negative.
+    ReLU6 follows the first two. The projection is linear, so the block's output can be negative.
     """
 
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int) -> None:
@@ -31,9 +31,9 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2 for 32x32 images: 2,236,682 parameters for 10 classes, 3,504,872 for 1,000.
 
-    The paper's network with stride 1 in place of 2 in the stem and at 24 channels, so that the last map is 4x4: the
-    strides of github.com/kuangliu/pytorch-cifar, whose blocks differ (ReLU, and a 1x1 convolution as shortcut where
-    channels change); ReLU6 and shortcuts here are the paper's.
+    The paper's network, with stride 1 instead of 2 in the stem and at 24 channels, so that the last map is 4x4. The
+    strides are those of github.com/kuangliu/pytorch-cifar, whose blocks differ from the paper's: they have ReLU, and a
+    1x1 convolution as shortcut where the channels change.
 
     Args:
         classes: number of classes.

@@ -1,4 +1,4 @@
-"""Networks by name: those with known checkpoints, and the architectures of the papers with random weights."""
+"""Networks by name: trained ones, and the architectures of the papers with random weights."""
 
 import re
 from collections.abc import Callable
@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from dfqlib.data import CIFAR10_CLASSES, DIGIT_CLASSES, NORMALIZATION
+from dfqlib.data import CIFAR10_CLASSES, DIGIT_CLASSES, NORMALIZATION, load_data
 from dfqlib.errors import InputError
 from dfqlib.models.checkpoints import load_checkpoint, normalize_sha256
 from dfqlib.models.lenet import LeNet5
@@ -20,21 +22,19 @@ from dfqlib.models.resnet import CifarResNet, ResNet8, ResNet18, ResNet34
 from dfqlib.models.vgg import VGG
 from dfqlib.models.wide_resnet import WideResNet
 
-__all__ = ["ModelInfo", "architectures", "build", "info", "load_model", "names"]
-
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known about a network with a public or bundled checkpoint.
+    """A network with a public or bundled checkpoint.
 
     Attributes:
         name: the name :func:`load_model` takes.
         build: makes the network with random weights.
         image_shape: (C, H, W) of one image.
-        classes: class names in the order of the logits.
-        mean: what was subtracted from each channel of an image in [0, 1].
-        std: what each channel was divided by afterwards.
-        url: where the checkpoint is fetched from; None when it is bundled.
+        classes: class names in the order of the logits; empty when unknown.
+        mean: per channel of images in [0, 1]; empty when unknown.
+        std: likewise.
+        url: of the checkpoint; None when it is bundled.
         sha256: of the checkpoint, or its first 8 hex digits where no more is published.
         published_top1: percent, as its authors report it.
         source: who trained it, and on what.
@@ -46,10 +46,32 @@ class ModelInfo:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    url: str | None
-    sha256: str | None
-    published_top1: float | None
-    source: str
+    url: str | None = None
+    sha256: str | None = None
+    published_top1: float | None = None
+    source: str = ""
+
+    def load_images(
+        self, dataset: str, split: str = "test", *, data_root: str | PathLike[str] | None = None, what: str = ""
+    ) -> DataLoader[tuple[Tensor, int]]:
+        """The labeled images of ``data.load_data``, with the network's preprocessing and class order.
+
+        Args:
+            dataset: as in ``data.load_data``.
+            split: likewise.
+            data_root: likewise.
+            what: name of the images in messages; ``dataset="..."`` when empty.
+
+        Raises:
+            InputError: as ``data.load_data``, or the images have another shape than the network takes.
+        """
+        known: dict[str, Any] = {name: getattr(self, name) or None for name in ("mean", "std", "classes")}
+        loader = load_data(dataset, split, data_root=data_root, **known)
+        found = tuple(next(iter(loader))[0].shape[1:])
+        if found != tuple(self.image_shape):
+            what = what or f'dataset="{dataset}"'
+            raise InputError(f"{what} has images of shape {found}, the network takes {self.image_shape}; resize them")
+        return loader
 
 
 def _cifar10(depth: int, sha256: str, top1: float) -> ModelInfo:
@@ -95,7 +117,7 @@ def names() -> tuple[str, ...]:
 
 
 def info(name: str) -> ModelInfo:
-    """Shape, classes, preprocessing and origin of a known network.
+    """Shape, classes, preprocessing and origin of a network.
 
     Raises:
         InputError: no network has this name.
@@ -105,7 +127,7 @@ def info(name: str) -> ModelInfo:
             return model
     if name in architectures() or _WIDE_RESNET.fullmatch(name):
         raise InputError(
-            f'arch="{name}" has no public weights here; with a checkpoint of yours: '
+            f'arch="{name}" has no public weights here; with your own checkpoint: '
             f'load_checkpoint(models.build("{name}", classes=...), checkpoint)'
         )
     raise InputError(f'arch="{name}" is unknown; known are {", ".join(names())}')
@@ -125,15 +147,15 @@ _WIDE_RESNET = re.compile(r"wrn_(\d{1,4})_(\d{1,3})")
 
 
 def architectures() -> tuple[str, ...]:
-    """The names that :func:`build` knows; wide ResNets of every other depth and width it knows besides."""
+    """The names that :func:`build` knows, beside wide ResNets of any other depth and width."""
     return tuple(_ARCHITECTURES)
 
 
 def build(name: str, classes: int = 10) -> nn.Module:
-    """A network of the papers with random weights, to train, to distil into, or to load a checkpoint into.
+    """A network of the papers with random weights.
 
-    LeNet-5 takes images of shape (1, 28, 28), all others (3, 32, 32). Options beyond the number of classes are
-    arguments of the classes in ``dfqlib.models``.
+    LeNet-5 takes images of shape (1, 28, 28), all others (3, 32, 32). The classes in ``dfqlib.models`` have further
+    options.
 
     Args:
         name: one of :func:`architectures`, or "wrn_<depth>_<width>".
@@ -155,20 +177,19 @@ def build(name: str, classes: int = 10) -> nn.Module:
 
 
 def load_model(name: str, *, checkpoint: str | PathLike[str] | None = None, sha256: str | None = None) -> nn.Module:
-    """A known network with its weights, in eval mode, on the CPU.
+    """A trained network in eval mode, on the CPU.
 
     Args:
         name: one of :func:`names`.
-        checkpoint: a file, or an https URL together with ``sha256``. None takes the bundled file, or fetches
-            the registered URL once into torch.hub's cache.
+        checkpoint: a file, or an https URL together with ``sha256``. None takes the bundled file, or downloads the
+            registered URL once into torch.hub's cache.
         sha256: expected SHA-256 of the checkpoint in hex, or its first 8 or more digits.
 
     Returns:
-        The network; its images are ``(B, *info(name).image_shape)``, normalized by ``info(name).mean`` and
-        ``info(name).std``.
+        The network; it takes images ``(B, *info(name).image_shape)``, normalized by ``info(name).mean`` and ``.std``.
 
     Raises:
-        InputError: unknown name, nothing to fetch from, or a file that :func:`load_checkpoint` does not take.
+        InputError: unknown name, a URL that cannot be fetched, or a file that :func:`load_checkpoint` refuses.
         NonFiniteError: a weight is NaN or infinite.
 
     Taught in notebook 07.
@@ -183,11 +204,11 @@ def load_model(name: str, *, checkpoint: str | PathLike[str] | None = None, sha2
 
 
 def _fetch(url: str, sha256: str | None) -> Path:
-    """The file behind a URL, from torch.hub's cache when it is there."""
+    """The file of a URL, downloaded unless torch.hub's cache has it."""
     if not url.startswith("https://"):
         raise InputError(f'checkpoint="{url}": only https URLs are fetched; download it yourself and give the path')
     if sha256 is None:
-        raise InputError(f'checkpoint="{url}" needs sha256= beside it, so that what arrives can be checked')
+        raise InputError(f'checkpoint="{url}" needs sha256= too, to check the downloaded file')
     prefix = normalize_sha256(sha256)
     file_name = Path(url.partition("?")[0]).name
     if prefix[:8] not in file_name:  # two URLs may end in the same file name
@@ -202,6 +223,6 @@ def _fetch(url: str, sha256: str | None) -> Path:
         raise InputError(
             f'"{url}" cannot be fetched ({error}); download it elsewhere and give checkpoint=<file>'
         ) from None
-    except RuntimeError as error:  # how torch.hub reports another hash
+    except RuntimeError as error:  # torch.hub found another hash
         raise InputError(f'"{url}": {error}; the file there has changed, correct sha256=') from None
     return path

@@ -1,7 +1,7 @@
 """Residual networks of He et al. 2016 for small images.
 
-ResNet-20 to 56 are the paper's own for CIFAR (section 4.2); ResNet-18 and 34 are its networks for ImageNet
-(table 1) with the stem that the CIFAR literature gives them; ResNet-8 is the teacher of the digits.
+ResNet-20 to 56 are the paper's networks for CIFAR (section 4.2). ResNet-18 and 34 are its networks for ImageNet
+(table 1) with the stem that is usual on CIFAR. ResNet-8 classifies the digits.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ from dfqlib.network.convolution import guard
 
 
 class PaddedShortcut(nn.Module):
-    """Shortcut without parameters where the shape changes: every second pixel, zeros for the new channels.
+    """Shortcut without parameters where the shape changes (option A of He et al. 2016, section 4.2).
 
-    Option A of He et al. 2016, section 4.2. Half of the zero channels go before the old ones, half after.
+    Keeps every second pixel, and adds half of the new, zero channels before the old ones and half after them.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -61,7 +61,7 @@ class ResNet(nn.Module):
     Args:
         blocks: blocks in each stage.
         widths: channels of each stage.
-        in_channels: channels of the image.
+        in_channels: channels of an image.
         classes: number of classes.
         downsample: builds the shortcut where a stage changes the shape, from (in, out) channels.
     """
@@ -118,8 +118,8 @@ class CifarResNet(ResNet):
 class ResNet18(ResNet):
     """ResNet-18 for 32x32 images: 11,173,962 parameters for 10 classes.
 
-    Table 1 of He et al. 2016 with a 3x3 stem of stride 1 and no pooling, learned shortcuts (option B): the network,
-    and the names of the weights, of github.com/kuangliu/pytorch-cifar, which DAFL and DFQF distil into.
+    Table 1 of He et al. 2016 with a 3x3 stem of stride 1, no pooling after it, and learned shortcuts (option B). Layers
+    and names are those of github.com/kuangliu/pytorch-cifar, the student of DAFL and DFQF.
 
     Args:
         classes: number of classes.
@@ -132,9 +132,8 @@ class ResNet18(ResNet):
 class ResNet34(ResNet):
     """ResNet-34 for 32x32 images: 21,282,122 parameters for 10 classes; everything else as in ``ResNet18``.
 
-    ResNet-18 has 52.5 % of its parameters and 47.9 % of its multiply-accumulates; DFQF prints 52.4 %
-    (as 11.1 to 21.2 million gives) and 46.9 %, which no count of these layers gives: their 3x3 convolutions are 47.5 %,
-    everything else more.
+    ResNet-18 has 52.5 % of its parameters and 47.9 % of its multiply-accumulates. DFQF prints 52.4 %, the ratio of
+    11.1 to 21.2 million, and 46.9 %, which no count of these layers gives.
 
     Args:
         classes: number of classes.
@@ -145,7 +144,7 @@ class ResNet34(ResNet):
 
 
 class ResNet8(ResNet):
-    """The digits teacher: 16x16 images of one channel, 44,014 parameters, learned shortcuts."""
+    """The teacher on the digits: 16x16 images of one channel, 44,014 parameters, learned shortcuts."""
 
     def __init__(self) -> None:
         super().__init__((1, 1, 1), (12, 24, 48), 1, 10, projection_shortcut)

@@ -15,16 +15,15 @@ class VGG(nn.Module):
     """Five groups of 3x3 convolutions with BatchNorm, each followed by max pooling, then linear layers.
 
     The convolutions are configurations A, B, D and E of the paper's table 1. Its head of 4,096 units is for 224x224
-    images; at 32x32 the literature has two others, and ``hidden`` chooses: two layers of 512 units with dropout
-    (github.com/chengyangfu/pytorch-vgg-cifar10), or none, ``()`` (github.com/kuangliu/pytorch-cifar). Weights are
-    named as in these two. DFQF prints VGG-13/VGG-16 as 65.1 % of the parameters: two hidden layers give 65.17 %
-    (9.9 to 15.2 million, cut to one decimal, 65.1 %), none 63.93 %; and as 73.4 % of the FLOPs: both give 72.9 % of
-    the multiply-accumulates.
+    images. The usual heads for 32x32 are two layers of 512 units with dropout
+    (github.com/chengyangfu/pytorch-vgg-cifar10) and none (github.com/kuangliu/pytorch-cifar); weights have the names
+    used there. DFQF prints VGG-13/VGG-16 as 65.1 % of the parameters: two hidden layers give 65.17 %, none 63.93 %.
+    It prints 73.4 % of the FLOPs: both give 72.9 % of the multiply-accumulates.
 
     Args:
-        depth: 11, 13, 16 or 19 layers, counted with the paper's three linear ones.
+        depth: 11, 13, 16 or 19 layers, the paper's three linear ones included.
         classes: number of classes.
-        hidden: units of the linear layers before the last one.
+        hidden: units of the linear layers before the last one; ``()`` for none.
     """
 
     def __init__(self, depth: int = 16, classes: int = 10, hidden: tuple[int, ...] = (512, 512)) -> None:

@@ -32,12 +32,12 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width for 32x32 images, for example WRN-16-1 or WRN-40-2, the students and teachers of AKD.
+    """WRN-depth-width for 32x32 images, such as WRN-16-1 and WRN-40-2, students and teachers of AKD.
 
     Table 1 of Zagoruyko and Komodakis 2016, without dropout.
 
     Args:
-        depth: number of convolutions, those on the shortcuts into the three stages included, ``6 n + 4``.
+        depth: number of convolutions, ``6 n + 4``; counts those on the shortcuts into the three stages.
         width: factor on the 16, 32 and 64 channels of the three stages.
         classes: number of classes.
     """

@@ -1,1 +1,1 @@
-"""What helps before any training: equalized channels, corrected biases, learned rounding."""
+"""Post-training methods: cross-layer equalization, bias correction, learned rounding."""

@@ -1,8 +1,8 @@
-"""Bias correction, and biases of 16 or 32 bits.
+"""Bias correction (Nagel et al., ICCV 2019, section 4.2), and quantization of biases.
 
-Rounding weights shifts what a layer puts out by ``epsilon x`` with ``epsilon = W_quantized - W``. Its mean over the
-data, ``epsilon E[x]``, is a constant per channel, and a bias takes it away again (Nagel et al., ICCV 2019, sec. 4.2).
-E[x] comes from BatchNorm statistics, or from images.
+Quantizing the weights changes a layer's output by ``epsilon x`` with ``epsilon = W_quantized - W``. The mean of this
+error, ``epsilon E[x]``, is a constant per channel, which the bias can compensate. E[x] comes from BatchNorm statistics
+or from images.
 
 Taught in notebook 02.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from dfqlib.errors import InputError
+from dfqlib.evaluation.metrics import recording
 from dfqlib.network import graph, kinds
 from dfqlib.network.folding import find_layers
 from dfqlib.posttraining.moments import Statistics, propagate
@@ -21,10 +22,10 @@ from dfqlib.quantizer import AffineQuantizer, Quantizer, StepQuantizer, fake_qua
 
 
 def expected_inputs(network: fx.GraphModule, statistics: Statistics) -> dict[str, Tensor]:
-    """E[x] of each input channel, by layer, from the statistics of BatchNorm layers: no data needed.
+    """E[x] of each input channel, by layer, from BatchNorm statistics (Nagel et al. 2019, appendix C).
 
-    The mean of a normal variable after its ReLU or ReLU6 (Nagel et al. 2019, appendix C). Layers whose input no
-    statistics tell about (the network's own, after max pooling, after a layer without BatchNorm) are absent.
+    Layers whose input has no known distribution (the first one, after max pooling, after a layer without BatchNorm)
+    are absent.
 
     Taught in notebook 02.
     """
@@ -40,18 +41,12 @@ def measured_inputs(network: fx.GraphModule, images: Tensor) -> dict[str, Tensor
     Taught in notebook 02.
     """
     means: dict[str, Tensor] = {}
-    handles = []
-    for name, layer in find_layers(network).items():
 
-        def note(_: object, args: tuple[Tensor, ...], name: str = name) -> None:
-            means[name] = args[0].mean((0, 2, 3) if args[0].ndim == 4 else tuple(range(args[0].ndim - 1)))
+    def record(name: str, x: Tensor, _: Tensor) -> None:
+        means[name] = x.mean((0, 2, 3) if x.ndim == 4 else tuple(range(x.ndim - 1)))
 
-        handles.append(layer.module.register_forward_pre_hook(note))
-    try:
+    with recording({name: layer.module for name, layer in find_layers(network).items()}, record):
         network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return means
 
 
@@ -61,11 +56,11 @@ def correct_biases(student: fx.GraphModule, teacher: fx.GraphModule, inputs: Map
 
     Args:
         student: the calibrated network; a layer without bias and BatchNorm gets a bias.
-        teacher: the network that was quantized, its layers called the same.
+        teacher: the network before quantization, with the same names of layers.
         inputs: E[x] by layer, from ``expected_inputs`` or ``measured_inputs``.
 
     Returns:
-        What was subtracted, (channels,), by layer.
+        The subtracted values, (channels,), by layer.
 
     Taught in notebook 02.
     """
@@ -81,14 +76,14 @@ def correct_biases(student: fx.GraphModule, teacher: fx.GraphModule, inputs: Map
 
 
 def round_bias(bias: Tensor, step: Tensor | float, bits: int) -> Tensor:
-    """``bias`` on the grid of an accumulator, cut to codes of ``bits`` bits.
+    """``bias`` rounded to integer values of ``bits`` bits with the step size ``step * 2^k``.
 
-    The grid is ``step * 2^k`` with the smallest k = 0, 1, ... for which every code fits: hardware adds a code of few
-    bits to a wide accumulator by shifting it k to the left.
+    k = 0, 1, ... is the smallest for which every value fits: hardware shifts a value of few bits by k to the left and
+    adds it to a wide accumulator.
 
     Args:
         bias: (channels,).
-        step: step of the weights times step of the input; a scalar, or (channels,).
+        step: step size of the weights times that of the input; a scalar, or (channels,).
         bits: 2 to 32.
 
     Raises:
@@ -107,10 +102,10 @@ def round_bias(bias: Tensor, step: Tensor | float, bits: int) -> Tensor:
 
 @torch.no_grad()
 def round_biases(student: fx.GraphModule, bits: int) -> list[str]:
-    """Store the biases of a folded, calibrated network in ``bits`` bits, in place; see ``round_bias``.
+    """Round the biases of a folded, calibrated network to ``bits`` bits, in place; see ``round_bias``.
 
     Returns:
-        The layers it was done for: called once, with weights and input quantized.
+        The names of the layers: those called once whose weights and input are quantized.
 
     Taught in notebook 02.
     """

@@ -1,11 +1,10 @@
-"""Cross-layer equalization and high bias absorption: other weights, the same network, fewer bits needed.
+"""Cross-layer equalization and high-bias absorption: easier weights to quantize for the same function.
 
 Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction (ICCV 2019), sections 4.1 and 4.2.
-A ReLU lets positive factors through, so a channel may be made smaller where it leaves one layer and larger where it
-enters the next. Equalization picks the factors that give all channels of both layers the same range.
+Because ``relu(s x) = s relu(x)`` for s > 0, a channel can be divided by s in one layer and multiplied by s in the next.
+Equalization chooses the factors that give all channels of both layers the same range.
 
-BatchNorm is folded first, in a way that keeps the network's architecture and every tensor's name: the weights take the
-scale, the BatchNorm layer stays and only adds the bias.
+BatchNorm is folded first (``network.folding``): the weights take its scale, the layer stays and adds the bias.
 
 Taught in notebook 02.
 """
@@ -22,12 +21,12 @@ from dfqlib.network import graph, kinds
 from dfqlib.network.folding import Folded, Layer
 
 ACTIVATIONS = kinds.RELU | {nn.LeakyReLU, F.leaky_relu}
-"""What a positive factor passes through unchanged; not a ReLU6, whose upper bound stays where it is."""
+"""Positively homogeneous activations; ReLU6 is not, because of its fixed upper bound."""
 POOLS = kinds.MAX_POOLS | kinds.ADAPTIVE_MAX_POOLS | {nn.AvgPool2d, F.avg_pool2d} | kinds.ADAPTIVE
 FLATTENS = kinds.FLATTENS | kinds.MEANS
 SIZES = kinds.SIZES | {getattr}
 DEAD = 1e-5
-"""Share of a layer's largest range below which a channel is dead: no width that is used here could tell it from 0."""
+"""Share of a layer's largest range below which a channel counts as dead."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +34,9 @@ class Pair:
     """Two layers with nothing but positively homogeneous operations between them.
 
     Attributes:
-        first: the layer that puts the channels out.
-        second: the one layer that reads them.
-        padded: zeros are put around the channels on the way, so that adding a constant to them shows at the border.
+        first: the layer that computes the channels.
+        second: the only layer that reads them.
+        padded: zeros pad the channels in between, so that a constant added to them changes the border.
     """
 
     first: Layer
@@ -46,7 +45,7 @@ class Pair:
 
 
 def find_pairs(folded: Folded) -> list[Pair]:
-    """The layers that can trade ranges, in the order of the graph."""
+    """The pairs of layers that can be equalized, in the order of the graph."""
     by_node = {layer.node: layer for layer in folded.layers.values()}
     return [pair for layer in folded.layers.values() if (pair := _reader(layer, by_node)) is not None]
 
@@ -62,7 +61,7 @@ def input_ranges(layer: Layer, channels: int) -> Tensor:
 
 
 def _reader(first: Layer, by_node: Mapping[fx.Node, Layer]) -> Pair | None:
-    """Follow the one reader of each tensor from ``first`` to the next layer."""
+    """Follow the only consumer of each tensor from ``first`` to the next layer."""
     node, flattened, padded = first.output, False, False
     while True:
         readers = [user for user in node.users if graph.operation(user) not in SIZES]
@@ -81,7 +80,7 @@ def _reader(first: Layer, by_node: Mapping[fx.Node, Layer]) -> Pair | None:
 
 
 def _keeps_channels(node: fx.Node) -> bool:
-    """Whether a reshape or mean makes (batch, channels * positions) of (batch, channels, height, width)."""
+    """Whether a reshape or mean maps (batch, channels, height, width) to (batch, channels * positions)."""
     kind, given = graph.operation(node), node.args[1:]
     if kind is nn.Flatten:
         module: Any = graph.module_of(node)
@@ -96,7 +95,7 @@ def _keeps_channels(node: fx.Node) -> bool:
 
 
 def _pads(node: fx.Node) -> bool:
-    """Whether a pooling averages over padding; a maximum over padding is one without."""
+    """Whether a pooling averages over padding; padding does not change a maximum."""
     kind = graph.operation(node)
     if kind is nn.AvgPool2d:
         pool: Any = graph.module_of(node)
@@ -117,20 +116,20 @@ def _pair(first: Layer, second: Layer, flattened: bool, padded: bool) -> Pair | 
 
 
 def pair_scales(first: Tensor, second: Tensor) -> Tensor:
-    """``s = sqrt(r1 r2) / r2`` (Eq. 11): outputs divided by s and inputs multiplied by it both have range sqrt(r1 r2).
+    """``s = sqrt(r1 r2) / r2`` (Eq. 11): outputs divided by s and inputs multiplied by s both have range sqrt(r1 r2).
 
     Args:
         first: ranges of the first layer's output channels, (channels,).
         second: ranges of the second layer's input channels, (channels,).
 
     Returns:
-        (channels,), 1 for a dead channel: raising its weights from next to nothing would raise its bias as much.
+        (channels,), 1 for a dead channel, whose bias would grow as much as its weights.
     """
     return torch.where(_alive(first, second), (first * second).sqrt() / second, 1.0)
 
 
 def triple_scales(first: Tensor, depthwise: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales before and after a depthwise layer that leave all three layers with the range ``(r1 r2 r3)^(1/3)``."""
+    """Scales before and after a depthwise layer that give all three layers the range ``(r1 r2 r3)^(1/3)``."""
     alive, root = _alive(first, depthwise, last), (first * depthwise * last) ** (1 / 3)
     return torch.where(alive, first / root, 1.0), torch.where(alive, root / last, 1.0)
 
@@ -141,15 +140,15 @@ def _alive(*ranges: Tensor) -> Tensor:
 
 @torch.no_grad()
 def equalize(folded: Folded, iterations: int = 20, tolerance: float = 1e-3) -> int:
-    """Equalize the channel ranges of all connected layers, in place; the FP32 output stays the same to rounding.
+    """Equalize the channel ranges of connected layers, in place; the FP32 output is unchanged up to rounding.
 
-    Layers in a row trade ranges pair by pair until nothing moves any more (section 4.1); a depthwise layer, whose
-    channels are inputs and outputs at once, together with the layer before and the one after.
+    Passes over all pairs are repeated until the scales converge (section 4.1). A depthwise layer, whose input and
+    output channels are the same, is equalized together with the layers before and after it.
 
     Args:
         folded: from ``fold``.
-        iterations: most passes over all pairs.
-        tolerance: relative change of the scales below which to stop.
+        iterations: largest number of passes.
+        tolerance: relative change of the scales at which to stop.
 
     Returns:
         Number of passes.
@@ -175,7 +174,7 @@ def equalize(folded: Folded, iterations: int = 20, tolerance: float = 1e-3) -> i
 
 
 def _steps(pairs: list[Pair]) -> Iterator[tuple[Pair, Pair | None]]:
-    """Pairs, those around a depthwise layer together."""
+    """Pairs of layers; the two pairs of a depthwise layer together."""
     after = {pair.first.node: pair for pair in pairs}
     taken = set()
     for pair in pairs:
@@ -192,7 +191,7 @@ def _is_depthwise(layer: Layer) -> bool:
 
 
 def _scale(folded: Folded, pair: Pair, scale: Tensor) -> None:
-    """Divide what the first layer puts out by ``scale`` and multiply by it where the second reads it."""
+    """Divide the outputs of the first layer by ``scale`` and multiply the weights of the second by it."""
     pair.first.scale_outputs(1 / scale)
     pair.second.scale_inputs(scale)
     name = str(pair.first.output.target)
@@ -203,20 +202,20 @@ def _scale(folded: Folded, pair: Pair, scale: Tensor) -> None:
 
 @torch.no_grad()
 def absorb(folded: Folded, padded: bool = False, deviations: float = 3.0) -> dict[str, Tensor]:
-    """Move the part of high biases that no ReLU cuts into the next layer, in place (section 4.1.3).
+    """Absorb high biases into the next layer, in place (section 4.1.3).
 
-    With ``c = max(0, beta - 3 gamma)`` nearly every value of a channel is above c, so that
-    ``relu(x - c) = relu(x) - c``: the first layer's bias loses c and the second's gains ``W c``, and the range of the
-    activation shrinks. The output changes by the 0.1 % of values below c.
+    With ``c = max(0, beta - 3 gamma)`` nearly every value of a channel exceeds c, so that
+    ``relu(x - c) = relu(x) - c``: subtracting c from the first layer's bias and adding ``W c`` to the second's reduces
+    the range of the activation. The output changes for the 0.1 % of values below c.
 
     Args:
         folded: from ``fold``, equalized or not.
-        padded: also where the second layer pads with zeros, which the paper does not discuss: there the border of the
-            output changes, because the zeros carry no c.
+        padded: also where the second layer pads with zeros; the border of its output then changes, which the paper
+            does not discuss.
         deviations: the 3 of the equation.
 
     Returns:
-        What was absorbed, (channels,), by the first layer's name; only where it is not 0.
+        c, (channels,), by the first layer's name where it is not 0.
 
     Taught in notebook 02.
     """

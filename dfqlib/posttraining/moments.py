@@ -1,9 +1,9 @@
-"""What the tensors of a network look like, without one image: normal variables, carried through its graph.
+"""Distributions of a network's tensors without data: clipped normal variables, propagated through its graph.
 
-A BatchNorm layer with scale gamma and shift beta hands on channels of mean beta and deviation ``|gamma|``. Nagel et al.
-(Data-Free Quantization through Weight Equalization and Bias Correction, ICCV 2019) take them for normal, which gives
-the mean after a ReLU in closed form (their appendix C) and activation ranges of beta +- 6 gamma. Where a residual
-network adds two such tensors the paper is silent: here means add, and so do variances, as of independent terms.
+A BatchNorm layer outputs channels with mean beta and standard deviation ``|gamma|``, which Nagel et al. (Data-Free
+Quantization through Weight Equalization and Bias Correction, ICCV 2019) model as Gaussian. This gives the mean after a
+ReLU in closed form (appendix C) and activation ranges of beta +- 6 gamma. Residual sums, which the paper does not
+discuss, are taken as sums of independent variables: means and variances add.
 
 Taught in notebook 02.
 """
@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
+from torch.special import ndtr
 
 from dfqlib.network import graph, kinds
 from dfqlib.quantizer import AffineQuantizer, StepQuantizer, quantizers
 
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
-"""Mean and standard deviation, (channels,) each, of what a module puts out, by the module's name."""
+"""Mean and standard deviation, (channels,) each, of a module's output, by the module's name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +34,8 @@ class ClippedNormal:
     Attributes:
         mean: before clipping.
         std: before clipping, 0 for a constant.
-        low: lower end, may be -inf.
-        high: upper end, may be inf.
+        low: lower bound, may be -inf.
+        high: upper bound, may be inf.
     """
 
     mean: Tensor
@@ -49,7 +50,7 @@ class ClippedNormal:
         return cls(mean.double(), std.double(), -unbounded, unbounded)
 
     def clip(self, low: float, high: float) -> "ClippedNormal":
-        """The same variables after a further clamp: ``clip(0, inf)`` is a ReLU, ``clip(0, 6)`` a ReLU6."""
+        """The variables after a clamp: ``clip(0, inf)`` is a ReLU, ``clip(0, 6)`` a ReLU6."""
         return dataclasses.replace(self, low=self.low.clamp(low, high), high=self.high.clamp(low, high))
 
     def expectation(self) -> Tensor:
@@ -70,8 +71,8 @@ class ClippedNormal:
     def _moments(self) -> tuple[Tensor, Tensor]:
         std = self.std.clamp(min=1e-12)
         alpha, beta = (self.low - self.mean) / std, (self.high - self.mean) / std
-        below, above = _times(self.low, _cumulative(alpha)), _times(self.high, _cumulative(-beta))
-        inside, drop = _cumulative(beta) - _cumulative(alpha), _density(alpha) - _density(beta)
+        below, above = _times(self.low, ndtr(alpha)), _times(self.high, ndtr(-beta))
+        inside, drop = ndtr(beta) - ndtr(alpha), _density(alpha) - _density(beta)
         first = below + above + self.mean * inside + std * drop
         tails = _times(alpha, _density(alpha)) - _times(beta, _density(beta))
         second = (
@@ -88,23 +89,19 @@ def _density(x: Tensor) -> Tensor:
     return torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
 
 
-def _cumulative(x: Tensor) -> Tensor:
-    return torch.special.ndtr(x)
-
-
 def _times(bound: Tensor, weight: Tensor) -> Tensor:
-    """``bound * weight``, 0 at a bound that is infinite and therefore never reached."""
+    """``bound * weight``, 0 at an infinite bound."""
     return torch.where(torch.isinf(bound), 0.0, bound * weight)
 
 
 def propagate(network: fx.GraphModule, statistics: Statistics) -> dict[fx.Node, ClippedNormal]:
-    """The distribution of every tensor of ``network`` that follows from ``statistics``.
+    """The distributions of the tensors of ``network`` that follow from ``statistics``.
 
-    Known are the outputs of the modules in ``statistics``, and what activations, average pooling, sums, padding and
-    concatenation make of known tensors. Layers without BatchNorm and max pooling make unknown ones, which are absent.
+    Known are the outputs of the modules in ``statistics``, and those of activations, average pooling, sums, padding
+    and concatenation of known tensors. Outputs of layers without BatchNorm and of max pooling are unknown and absent.
 
     Args:
-        network: in floating point or with quantizers, which are taken to change nothing.
+        network: in floating point or with quantizers, whose error is neglected.
         statistics: such as ``equalization.Folded.statistics``.
 
     Taught in notebook 02.
@@ -134,7 +131,7 @@ def _propagate(node: fx.Node, known: Mapping[fx.Node, ClippedNormal], statistics
     if kind in kinds.ADDS and len(node.args) == 2 and len(tensors) == 2 and all(term in known for term in tensors):
         return _sum(*(known[term] for term in tensors))
     if kind in kinds.CATS and len(sources) == len(node.all_input_nodes):
-        joined: Any = node.args[0]  # the same tensor may come twice
+        joined: Any = node.args[0]  # all_input_nodes would list a repeated tensor once
         parts = [known[part] for part in joined]
         return _by_field(lambda *fields: torch.cat(fields), *parts)
     if kind in (operator.getitem, F.pad):
@@ -148,7 +145,7 @@ def _sum(a: ClippedNormal, b: ClippedNormal) -> ClippedNormal:
 
 
 def _by_field(operation: Callable[..., Any], *values: ClippedNormal) -> ClippedNormal | None:
-    """What an operation that moves channels does to each field, as (1, channels, 1, 1), or joined as (channels,)."""
+    """Apply an operation that selects or joins channels to each field, viewed as (1, channels, 1, 1) or joined."""
     names = [item.name for item in dataclasses.fields(ClippedNormal)]
     if len(values) > 1:
         return ClippedNormal(**{name: operation(*(getattr(value, name) for value in values)) for name in names})
@@ -162,12 +159,12 @@ def set_ranges(network: fx.GraphModule, statistics: Statistics, deviations: floa
     """Set the ranges of activation quantizers to beta -+ ``deviations`` gamma (Nagel et al. 2019, section 5), in place.
 
     Args:
-        network: what ``quantizer.quantize_layers`` made.
+        network: from ``quantizer.quantize_layers``.
         statistics: of its modules.
-        deviations: the paper takes 6, for 8 bits; fewer bits ask for fewer.
+        deviations: 6 in the paper, for 8 bits; fewer bits need fewer.
 
     Returns:
-        Names of the activation quantizers left as they were: no distribution of what they read is known.
+        Names of the activation quantizers that were not set, because the distribution of their input is unknown.
 
     Taught in notebook 09.
     """

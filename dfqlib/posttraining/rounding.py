@@ -1,22 +1,22 @@
-"""AdaRound: round each weight up or down so that its layer's output stays, not to the nearest.
+"""AdaRound: learn for each weight whether to round up or down, to preserve the output of its layer.
 
-Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization (ICML 2020). Layer after layer, a variable V
-per weight is trained on a few hundred images: ``W~ = s * clip(floor(W / s) + h(V), n, p)`` with the rectified sigmoid
-``h(V) = clamp(sigmoid(V) * 1.2 - 0.1, 0, 1)`` (Eq. 22, 23), against the output of the floating-point layer, with a
-regularizer that drives each h(V) to 0 or 1 (Eq. 24). Each layer sees the input that the quantized layers before it make
-and is compared after its activation (Eq. 25).
+Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization (ICML 2020). Layer by layer, a variable V per
+weight is trained on a few hundred images: ``W~ = s * clip(floor(W / s) + h(V), n, p)`` with the rectified sigmoid
+``h(V) = clamp(sigmoid(V) * 1.2 - 0.1, 0, 1)`` (Eq. 22, 23) minimizes the error of the layer's output, and a regularizer
+drives each h(V) to 0 or 1 (Eq. 24). The layer's input is that of the quantized network, and outputs are compared after
+the activation (Eq. 25).
 
 Taught in notebook 09.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from dfqlib.errors import InputError
+from dfqlib.evaluation.metrics import recording
 from dfqlib.network import graph, kinds
 from dfqlib.network.convolution import convolve
 from dfqlib.network.folding import Layer, find_layers, per_channel
@@ -38,13 +38,13 @@ def rectified_sigmoid(v: Tensor) -> Tensor:
 
 
 def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
-    """The V with ``h(V) = h`` for h in [0, 1]: where training starts from, so that W~ = W."""
+    """The V with ``h(V) = h`` for h in [0, 1], the initial value with which W~ = W."""
     high, low = STRETCH
     return -torch.log((high - low) / (h - low) - 1)
 
 
 def rounding_regularizer(v: Tensor, beta: float) -> Tensor:
-    """``sum 1 - |2 h(V) - 1|^beta`` (Eq. 24): 0 when every h(V) is 0 or 1; a smaller beta pushes harder.
+    """``sum 1 - |2 h(V) - 1|^beta`` (Eq. 24): 0 when every h(V) is 0 or 1; stronger for a smaller beta.
 
     Taught in notebook 09.
     """
@@ -52,7 +52,7 @@ def rounding_regularizer(v: Tensor, beta: float) -> Tensor:
 
 
 def annealed_beta(share: float, start: float = 20.0, end: float = 2.0, warm_up: float = 0.2) -> float:
-    """beta after ``share`` of the steps, falling from ``start`` to ``end`` on half a cosine after the warm-up."""
+    """beta after ``share`` of the iterations: from ``start`` to ``end`` along half a cosine after the warm-up."""
     progress = max(0.0, (share - warm_up) / (1 - warm_up))
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -63,7 +63,7 @@ def soft_weights(weight: Tensor, v: Tensor, step: Tensor, qmin: int, qmax: int) 
 
 
 def require_steps(spec: QuantSpec) -> None:
-    """Raise InputError unless weights of ``spec`` have the step on whose grid AdaRound chooses."""
+    """Raise InputError unless ``spec`` gives weights a step size, which AdaRound needs."""
     if spec.scheme != "symmetric":
         raise InputError(f'scheme="{spec.scheme}": AdaRound needs a step per weight; take scheme="symmetric"')
 
@@ -90,26 +90,26 @@ def adaround(
     warm_up: float = 0.2,
     session: Session | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Choose the rounding of every layer's weights, in place; afterwards they lie on their grids.
+    """Learn the rounding of every layer's weights and apply it, in place.
 
     Args:
-        student: the calibrated network of ``quantizer.quantize_layers``, weights with steps.
-        teacher: what it was made of, as a graph (``graph.trace(model)[0]``, ``folding.fold(model).network``).
-        images: (N, C, H, W), synthetic ones do; the layers' inputs for all of them are held in memory.
-        steps: Adam steps per layer; the paper takes 10,000.
-        batch: images per step.
+        student: the calibrated network of ``quantizer.quantize_layers``, its weights with step sizes.
+        teacher: the graph of the network before quantization (of ``graph.trace`` or ``folding.fold``).
+        images: (N, C, H, W), synthetic images suffice; the inputs of a layer for all of them are held in memory.
+        steps: Adam iterations per layer; 10,000 in the paper.
+        batch: images per iteration.
         lr: learning rate of V.
-        weight: lambda of the regularizer, 0.01.
+        weight: lambda of the regularizer; 0.01 in the paper.
         beta: first and last exponent of the regularizer.
-        warm_up: share of the steps without the regularizer.
-        session: progress, history and resuming; None for a silent run that leaves the random state as it was.
+        warm_up: share of the iterations without the regularizer.
+        session: progress, history and resuming; None runs silently and restores the random state.
 
     Returns:
-        By layer, the mean squared error of its output with the weights rounded to nearest, and with those chosen: the
-        trained rounding, or to nearest where a schedule too short did not beat it.
+        By layer, the mean squared error of its output with weights rounded to nearest, and with the rounding chosen:
+        the learned one, or to nearest where that is better.
 
     Raises:
-        InputError: no images, or weights that have two bounds instead of a step.
+        InputError: no images, or weights with two bounds instead of a step size.
 
     Taught in notebook 09.
     """
@@ -123,10 +123,12 @@ def adaround(
     errors = {}
     with torch.random.fork_rng(devices=[], enabled=session is None):
         for name, layer in layers.items():
-            target = _outputs(teacher, originals[name], images)
-            inputs = _inputs(student, layer, images)
+            original = originals[name]
+            weights = original.module.weight
+            with torch.no_grad():
+                target = _after(original)(_inputs(teacher, original, images), weights)
             errors[name] = _round_layer(
-                run, layer, originals[name].module.weight, inputs, target, steps=steps, batch=batch, lr=lr,
+                run, layer, weights, _inputs(student, layer, images), target, steps=steps, batch=batch, lr=lr,
                 weight=weight, beta=beta, warm_up=warm_up,
             )  # fmt: skip
     return errors
@@ -147,7 +149,7 @@ def _round_layer(
     def step(index: int) -> dict[str, Tensor]:
         chosen = torch.randint(len(inputs), (min(batch, len(inputs)),))
         difference = forward(inputs[chosen], soft()) - target[chosen]
-        # Summed over channels, averaged over images and positions: the scale for which 0.01 is meant.
+        # Summed over channels, averaged over images and positions, the scale that weight=0.01 assumes.
         error = difference.square().sum(1).mean()
         share = index / steps
         total = error
@@ -160,8 +162,8 @@ def _round_layer(
 
     session.loop(f"rounding {layer.name}", steps, step, {"rounding": rounding, "optimizer": optimizer})
     with torch.no_grad():
-        codes = (original / step_size).floor() + (rectified_sigmoid(rounding.v) >= 0.5)
-        rounded = codes.clamp(quantizer.qmin, quantizer.qmax) * step_size
+        values = (original / step_size).floor() + (rectified_sigmoid(rounding.v) >= 0.5)
+        rounded = values.clamp(quantizer.qmin, quantizer.qmax) * step_size
         nearest = quantizer(original)
         errors = [float((forward(inputs, w) - target).square().mean()) for w in (nearest, rounded)]
         layer.module.weight.copy_(rounded if errors[1] <= errors[0] else nearest)
@@ -169,7 +171,7 @@ def _round_layer(
 
 
 def _after(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
-    """(inputs, weights) to what the layer puts out after its BatchNorm and its ReLU, where it has them."""
+    """A function of (inputs, weights): the layer's output after its BatchNorm and ReLU, if it has them."""
     relu = _relu(layer)
 
     def forward(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -194,15 +196,7 @@ def _relu(layer: Layer) -> Callable[[Tensor], Tensor] | None:
 
 @torch.no_grad()
 def _inputs(network: nn.Module, layer: Layer, images: Tensor) -> Tensor:
-    found: list[Any] = []
-    handle = layer.module.register_forward_pre_hook(lambda _, args: found.append(args[0]))
-    try:
+    found: list[Tensor] = []
+    with recording({layer.name: layer.module}, lambda _name, x, _output: found.append(x)):
         network(images)
-    finally:
-        handle.remove()
     return found[0]
-
-
-def _outputs(network: nn.Module, layer: Layer, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return _after(layer)(_inputs(network, layer, images), layer.module.weight)

@@ -5,7 +5,6 @@ import difflib
 import math
 import textwrap
 from dataclasses import dataclass, field
-from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib import batchnorm, quantizer
+from dfqlib.data import check_image_shape
 from dfqlib.deploy import integer
 from dfqlib.deploy.onnx import export_onnx
 from dfqlib.deploy.saving import save_quantized
@@ -213,14 +213,6 @@ def check_network(network: Any, argument: str) -> None:
     """Raise InputError unless ``network`` is a module."""
     if not isinstance(network, nn.Module):
         raise InputError(f"{argument}={type(network).__name__} must be a torch.nn.Module with its weights loaded")
-
-
-def check_image_shape(image_shape: Any) -> None:
-    """Raise InputError unless image_shape is (channels, height, width)."""
-    sides = list(image_shape) if isinstance(image_shape, tuple | list) else []
-    whole = all(isinstance(side, Integral) and not isinstance(side, bool) and int(side) > 0 for side in sides)
-    if len(sides) != 3 or not whole:
-        raise InputError(f"image_shape={image_shape!r} must be (channels, height, width), for example (3, 32, 32)")
 
 
 def check_settings(settings: Any, **rules: tuple[float, float]) -> None:

@@ -70,7 +70,7 @@ def test_a_step_that_shrank_is_seen_as_moved_and_as_clipping(teacher: nn.Module,
     assert found.clipped["quantize_relu_1"] > 0.3
     assert found.steps["quantize_relu_1"] == pytest.approx(0.01)
     assert any("quantize_relu_1 lies beyond" in line for line in found.advice())
-    assert any("the step of quantize_relu_1 changed 0.01-fold" in line for line in found.advice())
+    assert any("the step size of quantize_relu_1 changed 0.01-fold" in line for line in found.advice())
 
 
 def test_one_exploding_channel_is_seen_though_the_layer_as_a_whole_looks_well(images: Tensor) -> None:
