@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfqlib.errors import InputError
-from dfqlib.network import graph
+from dfqlib.network import graph, kinds
+from dfqlib.network.convolution import kind_of
 
 Relu6 = Literal["keep", "replace"]
 
@@ -121,11 +121,11 @@ def find_layers(network: fx.GraphModule) -> dict[str, Layer]:
     for node in network.graph.nodes:
         if node.op != "call_module" or calls.count(str(node.target)) > 1:
             continue
-        module = graph.module_of(node)
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        module: Any = graph.module_of(node)
+        if graph.operation(node) in kinds.LAYERS or hasattr(module, "weight_quantizer"):
             reader = next(iter(node.users)) if len(node.users) == 1 else node
-            norm = graph.module_of(reader) if reader.op == "call_module" else None
-            folds = isinstance(norm, _BatchNorm) and norm.running_mean is not None and calls.count(reader.target) == 1
+            norm: Any = graph.module_of(reader) if graph.operation(reader) in kinds.BATCH_NORMS else None
+            folds = norm is not None and norm.running_mean is not None and calls.count(str(reader.target)) == 1
             found[str(node.target)] = Layer(node, module, norm if folds else None, reader if folds else node)
     return found
 
@@ -149,7 +149,7 @@ def fold(model: nn.Module, relu6: Relu6 = "keep") -> Folded:
     statistics = {
         name: (_clone(norm.bias, norm.running_mean, 0.0), _clone(norm.weight, norm.running_mean, 1.0).abs())
         for name, norm in network.named_modules()
-        if isinstance(norm, _BatchNorm) and norm.running_mean is not None
+        if kind_of(norm) in kinds.BATCH_NORMS and norm.running_mean is not None
     }
     for layer in layers.values():
         if layer.norm is not None:
@@ -232,7 +232,8 @@ def _replace_relu6(network: fx.GraphModule) -> None:
 
 def changes(network: nn.Module, model: nn.Module, relu6: Relu6) -> dict[str, Any]:
     """What ``rebuild`` needs to make the architecture of ``network``, which was made of ``model``."""
-    before = {name for name, module in model.named_modules() if getattr(module, "bias", None) is not None}
-    kinds = nn.Conv2d | nn.Linear
-    now = [name for name, module in network.named_modules() if isinstance(module, kinds) and module.bias is not None]
+    traced, _ = graph.trace(model)  # a layer that is called as a function may leave the bias of its module unused
+    before = {name for name, module in traced.named_modules() if getattr(module, "bias", None) is not None}
+    layers = nn.Conv2d | nn.Linear
+    now = [name for name, module in network.named_modules() if isinstance(module, layers) and module.bias is not None]
     return {"relu6": relu6, "biases": [name for name in now if name not in before]}

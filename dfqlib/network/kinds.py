@@ -72,6 +72,9 @@ SIZES: Kinds = {"size", "dim"}
 SIZE_ATTRIBUTES = {"shape", "ndim", "device", "dtype"}
 """Other attributes, such as ``x.mT``, are tensors."""
 
-# Layers called as functions
+# Layers
+LAYERS: Kinds = {nn.Conv2d, nn.Linear}
+BATCH_NORMS: Kinds = {nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm}
+"""Those that are what their weights and statistics say; a subclass with a forward of its own is neither."""
 CONVOLUTIONS: Kinds = {F.conv2d, torch.conv2d}
 LINEARS: Kinds = {F.linear}

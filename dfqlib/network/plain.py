@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.optim.swa_utils import AveragedModel
 
@@ -20,6 +21,9 @@ from dfqlib.errors import InputError
 __all__ = ["plain", "unwrapped"]
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+_TAKEN = {name for name in dir(fx.GraphModule) if not hasattr(nn.Module, name)} | {"meta"}
+LARGEST_VARIANCE = 1e12
+"""Of BatchNorm statistics: losses square them, and beyond 1e19 the square overflows float32."""
 _REMOVERS = {"WeightNorm": remove_weight_norm, "SpectralNorm": remove_spectral_norm}
 
 
@@ -54,16 +58,15 @@ def plain(model: nn.Module) -> nn.Module:
             )
         if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             raise InputError(f'model: "{name}" has no weights yet (a lazy layer); run the model on an image first')
-        if "forward" in vars(module) and not isinstance(module, torch.fx.GraphModule):
+        if "forward" in vars(module) and not isinstance(module, fx.GraphModule):
             what = f'of "{name}" ' if name else ""
             raise InputError(f"model: the forward {what}was replaced on the object; write a class with that forward")
-        words = [part for part in name.split(".") if keyword.iskeyword(part)]
-        if words:
-            raise InputError(f'model: its layer "{name}" is called like a word of Python, {words[0]}; rename it')
+        _refuse_names(name, module)
     copied = _copied(model)
     for name, module in copied.named_modules():
         _compute_weights_once(module)
         _refuse_hooks(name, module)
+        _refuse_tensors(name, module)
     _share_nothing(copied)
     return copied
 
@@ -130,6 +133,29 @@ def _refuse_hooks(name: str, module: nn.Module) -> None:
                 f"model: {what} forward hooks, which a rewritten layer would lose; remove them (handle.remove()), or "
                 "write what they do into forward"
             )
+
+
+def _refuse_names(name: str, module: nn.Module) -> None:
+    """torch.fx writes names into Python code, and gives the network attributes of its own."""
+    own = [*module._modules, *module._parameters, *module._buffers]
+    for each in own:
+        if keyword.iskeyword(each) or any(sign in each for sign in "\"\\\n") or (not name and each in _TAKEN):
+            where = f"{name}.{each}" if name else each
+            raise InputError(f"model: the name {where!r} cannot stand in the Python code that torch.fx writes; rename it")
+
+
+def _refuse_tensors(name: str, module: nn.Module) -> None:
+    """Statistics that no training leaves, and weights that images have no use for."""
+    variance = module._buffers.get("running_var")
+    if isinstance(module, _BatchNorm) and variance is not None:
+        for channel in ((variance + module.eps <= 0) | (variance > LARGEST_VARIANCE)).nonzero().flatten().tolist():
+            value = float(variance[channel])
+            raise InputError(
+                f'model: "{name}" has the running variance {value:.3g} in channel {channel}; load a sound checkpoint'
+            )
+    for each, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim > 4:
+            raise InputError(f'model: "{name}.{each}" has {parameter.ndim} dimensions; images need at most 4 (Conv2d)')
 
 
 def _share_nothing(model: nn.Module) -> None:

@@ -155,7 +155,7 @@ def _quantize_input(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def _unquantized(network: nn.Module) -> list[str]:
     """Modules that multiply by a weight of their own (a matrix or more) and have no quantizer, and such functions."""
     return [
-        name
+        name or type(network).__name__
         for name, module in network.named_modules()
         if not hasattr(module, "weight_quantizer") and any(p.ndim > 1 for p in module.parameters(recurse=False))
     ]

@@ -35,8 +35,8 @@ class StepQuantizer(nn.Module):
 
     def __init__(self, bits: int, *, signed: bool, channels: int | None = None, learned: bool = True) -> None:
         super().__init__()
-        self.bits, self.signed = bits, signed
-        self.qmin, self.qmax = integer_range(bits, signed)
+        self.bits = bits
+        self.set_sign(signed)
         self.step = nn.Parameter(torch.ones(channels or 1).squeeze(), requires_grad=learned)
         self.mode: Mode = "float"
         self.method, self.lower_bound = "mse", 0.0
@@ -48,9 +48,19 @@ class StepQuantizer(nn.Module):
             return x
         return fake_quantize(x, per_channel(self.step, x), self.qmin, self.qmax)
 
+    def set_sign(self, signed: bool) -> None:
+        """Use the signed or the unsigned integer range of this bit width."""
+        self.signed = signed
+        self.qmin, self.qmax = integer_range(self.bits, signed)
+
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        """Set the step to A / qmax, A being the clip threshold of ``method`` but at least ``lower_bound * max|x|``."""
+        """Set the step to A / qmax, A being the clip threshold of ``method`` but at least ``lower_bound * max|x|``.
+
+        An unsigned quantizer that meets a negative value becomes signed: what is observed overrules what was assumed.
+        """
+        if not self.signed and bool((x < 0).any()):
+            self.set_sign(True)
         per_step = x.reshape(self.step.numel(), -1)
         for row, step in zip(per_step, self.step.view(-1), strict=True):
             clip = clipping.threshold(row, self.bits, self.method, self.signed)

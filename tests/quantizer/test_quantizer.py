@@ -302,6 +302,19 @@ def test_a_shared_layer_has_one_weight_quantizer_and_one_per_input() -> None:
     assert sorted("weight" in name for name, _ in quantizers(network)) == [False, False, False, True, True]
 
 
+@given(tensors(), st.integers(2, 8))
+def test_a_negative_value_makes_an_unsigned_quantizer_signed(x: Tensor, bits: int) -> None:
+    quantizer, signed = StepQuantizer(bits, signed=False), StepQuantizer(bits, signed=True)
+    for each in (quantizer, signed):
+        each.calibrate(x.abs())
+    assert quantizer.signed is False
+    for each in (quantizer, signed):
+        each.calibrate(x)
+        each.mode = "quantize"
+    assert quantizer.signed is True
+    assert torch.equal(quantizer(x), signed(x))
+
+
 def test_lower_bound_keeps_the_threshold_from_an_outlier_ruling_nothing() -> None:
     x = torch.cat([torch.randn(10_000) * 0.01, torch.tensor([1.0])])
     quantizer = StepQuantizer(4, signed=True)

@@ -112,12 +112,13 @@ def narrowed(network: nn.Module) -> dict[str, int]:
 
 
 @torch.no_grad()
-def prepare_from_saved(network: nn.Module, steps: Mapping[str, Tensor]) -> None:
-    """``prepare`` with the step sizes that were found before, by their names in the state of a prepared network."""
+def prepare_from_saved(network: nn.Module, steps: Mapping[str, Tensor], signed: Mapping[str, bool]) -> None:
+    """``prepare`` with the step sizes and signs that were found before, by their names in a prepared network."""
     attach(network)
     for name, grid in quantizers(network):
         if isinstance(grid, StepQuantizer) and f"{name}.step" in steps:
             grid.step.copy_(steps[f"{name}.step"])
+            grid.set_sign(signed.get(name, grid.signed))
             grid.mode = "quantize"
 
 
@@ -138,6 +139,7 @@ def prepare_from_noise(network: nn.Module, image_shape: tuple[int, int, int]) ->
     for (_, grid), (_, ranged) in zip(quantizers(network), quantizers(twin), strict=True):
         if isinstance(grid, StepQuantizer) and isinstance(ranged, StepQuantizer) and grid.mode == "float":
             grid.step.copy_(ranged.step * MARGIN)
+            grid.set_sign(ranged.signed)
             grid.mode = "quantize"
 
 

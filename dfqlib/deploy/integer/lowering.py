@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfqlib.deploy.integer.layer import IntegerLayer
 from dfqlib.deploy.integer.operations import (
@@ -138,7 +137,7 @@ class Lowering:
             pool = graph.module_of(node)
         elif kind in kinds.MEANS:
             given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
-            dims: Any = given.get("dim") or ()
+            dims: Any = given.get("dim", given.get("axis")) or ()
             if sorted(dim % 4 for dim in (dims if isinstance(dims, tuple | list) else [dims])) != [2, 3]:
                 raise _no_integer_form(node)
             pool, keepdim = nn.AdaptiveAvgPool2d(1), bool(given.get("keepdim", False))
@@ -286,7 +285,7 @@ def _has_number(node: fx.Node) -> bool:
 
 
 def _is_batch_norm(node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(graph.module_of(node), _BatchNorm)
+    return graph.operation(node) in kinds.BATCH_NORMS
 
 
 def _name(node: fx.Node) -> str:

@@ -116,7 +116,7 @@ def integer_network(model: Quantized | nn.Module, image_shape: ImageShape) -> fx
     if not isinstance(model, nn.Module):
         integer.prepare(network, model.images.cpu())
     elif network.meta.get("sums"):
-        integer.prepare_from_saved(network, network.meta["sums"])
+        integer.prepare_from_saved(network, network.meta["sums"], network.meta["signed"])
     integer.prepare_from_noise(network, image_shape)
     return integer.simulate(network)
 
