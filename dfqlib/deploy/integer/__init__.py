@@ -45,7 +45,7 @@ def simulate(network: nn.Module) -> fx.GraphModule:
     """
     lowering = Lowering(_checked(network))
     simulation = lowering.lower()
-    for name, grid in lowering.stores.items():
+    for name, grid in lowering.added.items():
         if grid.mode != "quantize":
             raise InputError(f"{name} has no range yet; call integer.prepare(network, images) first")
     return simulation
@@ -155,13 +155,13 @@ def attach(network: nn.Module) -> list[StepQuantizer]:
     there = {str(node.target) for node in checked.graph.nodes if node.op == "call_module"}
     for node in list(checked.graph.nodes):
         name = f"{lowering.prefix}{node.name}"
-        if name in lowering.stores and name not in there:
-            checked.add_submodule(name, lowering.stores[name])
+        if name in lowering.added and name not in there:
+            checked.add_submodule(name, lowering.added[name])
             with checked.graph.inserting_after(node):
                 stored = checked.graph.call_module(name, (node,))
             node.replace_all_uses_with(stored, delete_user_cb=lambda user, stored=stored: user is not stored)
     checked.recompile()
-    return [grid for grid in lowering.stores.values() if grid.mode != "quantize"]
+    return [grid for grid in lowering.added.values() if grid.mode != "quantize"]
 
 
 def _checked(network: nn.Module) -> fx.GraphModule:

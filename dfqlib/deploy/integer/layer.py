@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfqlib.deploy.integer.codes import Grid, RoundClamp, to_codes, zero_point
+from dfqlib.deploy.integer.arithmetic import RoundClamp, to_integers, zero_point
 from dfqlib.errors import InputError
 from dfqlib.network.convolution import convolve
 from dfqlib.network.folding import per_channel
@@ -52,8 +52,8 @@ class IntegerLayer(nn.Module):
         name: str,
         layer: QuantConv2d | QuantLinear | None,
         norm: _BatchNorm | None,
-        source: Grid,
-        target: Grid | None,
+        source: StepQuantizer,
+        target: StepQuantizer | None,
     ) -> None:
         super().__init__()
         self.name, self.layer, self.norm, self.source, self.target = name, layer, norm, source, target
@@ -153,7 +153,7 @@ class IntegerLayer(nn.Module):
         assert isinstance(grid, StepQuantizer)
         step = grid.step
         scaled = weight / (step if step.numel() == 1 else per_channel(step, weight))
-        return scaled, to_codes(scaled, grid), step
+        return scaled, to_integers(scaled, grid), step
 
     @property
     def _can_saturate(self) -> bool:
@@ -178,7 +178,7 @@ class IntegerLayer(nn.Module):
             total = self._accumulate(x.float(), weight, bias)
             if self.target is None:
                 return total * _columns(self.source.step * scale, total)
-            return to_codes(total * _columns(self.source.step * scale / self.target.step, total), self.target)
+            return to_integers(total * _columns(self.source.step * scale / self.target.step, total), self.target)
 
     def _accumulate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The int32 accumulator in float32, rounded once where it has more than 24 bits."""

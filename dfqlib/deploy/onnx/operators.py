@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from dfqlib.deploy.integer.codes import pair
+from dfqlib.deploy.integer.arithmetic import pair
 from dfqlib.deploy.integer.layer import IntegerLayer
 from dfqlib.deploy.integer.operations import (
     Clamp,
@@ -180,9 +180,9 @@ def _move(writer: Writer, node: fx.Node, kind: str, *constants: str, **attribute
 
 def _clamp(writer: Writer, node: fx.Node, module: Clamp) -> None:
     if _source(node) in writer.clipped:  # the source was stored within these bounds already
-        writer.keep(node, writer.names[_source(node)], module.grid)
+        writer.keep(node, writer.names[_source(node)], module.quantizer)
     else:
-        _move(writer, node, "Clip", *(writer.bound(code, module.grid) for code in module.bounds))
+        _move(writer, node, "Clip", *(writer.bound(code, module.quantizer) for code in module.bounds))
 
 
 def _max_pool(writer: Writer, node: fx.Node, module: nn.MaxPool2d | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
-from dfqlib.deploy.integer.codes import zero_point
+from dfqlib.deploy.integer.arithmetic import zero_point
 from dfqlib.deploy.integer.layer import IntegerLayer
 from dfqlib.deploy.integer.operations import Clamp
 from dfqlib.errors import InputError
