@@ -139,9 +139,11 @@ def _refuse_names(name: str, module: nn.Module) -> None:
     """torch.fx writes names into Python code, and gives the network attributes of its own."""
     own = [*module._modules, *module._parameters, *module._buffers]
     for each in own:
-        if keyword.iskeyword(each) or any(sign in each for sign in "\"\\\n") or (not name and each in _TAKEN):
+        if keyword.iskeyword(each) or any(sign in each for sign in '"\\\n') or (not name and each in _TAKEN):
             where = f"{name}.{each}" if name else each
-            raise InputError(f"model: the name {where!r} cannot stand in the Python code that torch.fx writes; rename it")
+            raise InputError(
+                f"model: the name {where!r} cannot stand in the Python code that torch.fx writes; rename it"
+            )
 
 
 def _refuse_tensors(name: str, module: nn.Module) -> None:

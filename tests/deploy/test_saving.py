@@ -113,7 +113,9 @@ def test_the_signs_that_calibration_found_are_kept(tmp_path: Path) -> None:
         assert (ours.signed, ours.qmin, ours.qmax) == (theirs.signed, theirs.qmin, theirs.qmax), name  # type: ignore[union-attr]
 
 
-def test_so_are_those_of_the_sums_that_only_an_exported_file_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_are_those_of_the_sums_that_only_an_exported_file_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = residual()
     monkeypatch.setattr(graph, "non_negative", lambda nodes: set(nodes.nodes))
     report = dfqlib.quantize(model, SHAPE, recipe="equalize", progress=False)
