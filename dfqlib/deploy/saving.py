@@ -1,7 +1,7 @@
 """Keep a quantized network in one file, and rebuild it from there bit for bit.
 
-The file holds tensors and plain values only: the weights, the ranges of the quantizers, and how the network was
-quantized. Which layers there are comes from the architecture, so reading a file never runs code out of it.
+The file holds tensors and plain values only: weights, ranges and signs of the quantizers, and the spec. The layers come
+from the architecture, so reading a file never runs code from it.
 """
 
 import copy
@@ -156,19 +156,17 @@ def load_quantized(path: str | PathLike[str], model: nn.Module | None = None) ->
 def _rebuilt(
     model: nn.Module, changes: Mapping[str, Any], spec: QuantSpec, weights: Mapping[str, Tensor]
 ) -> fx.GraphModule:
-    """The quantized network that ``weights`` are of: the architecture of ``model`` with what a recipe changed in it,
-    quantizers, and the grids of ``integer.prepare`` where the weights have some.
-    """
+    """The architecture of ``model`` with a recipe's ``changes`` and the quantizers that ``weights`` belong to."""
     network = quantize_layers(folding.rebuild(model, changes), spec)
     network.meta["changes"] = dict(changes)
     set_mode(network, "quantize")
-    if weights.keys() - network.state_dict().keys():  # the grids of integer.prepare
+    if weights.keys() - network.state_dict().keys():  # those of integer.prepare
         integer.attach(network)
     return network
 
 
 def _parts(content: Any, what: str) -> tuple[QuantSpec, dict[str, Tensor]]:
-    """The spec and the weights of a file's content, or a message that says what the file is instead."""
+    """The spec and the weights of a file's content; InputError says what the file is instead."""
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise InputError(f"{what} is no quantized network; give a file that dfqlib.save_quantized wrote")
     if content.get("version") != VERSION:

@@ -1,8 +1,7 @@
-"""A copy of somebody's model in which a layer is what its weight and geometry say, or one line that says why not.
+"""Copy a model so that each layer is exactly its weight, bias and geometry, or refuse it in one line.
 
-Whatever rewrites layers (folding, quantizing, export) takes them for a weight, a bias and a geometry. Models of the
-wild also have wrappers, weights that a hook or a parametrization computes, weights that two layers share, and hooks.
-What can be made plain exactly is made plain on the copy; the rest is refused by name, before any work.
+Folding, quantization and export rewrite layers. Wrappers, weights that a hook or a parametrization computes, and shared
+weights are made plain on the copy; hooks and what torch.fx cannot represent are refused by name, before any work.
 """
 
 import copy
@@ -28,7 +27,7 @@ _REMOVERS = {"WeightNorm": remove_weight_norm, "SpectralNorm": remove_spectral_n
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside DataParallel, AveragedModel and what ``torch.compile`` returned."""
+    """The network inside DataParallel, AveragedModel or ``torch.compile``."""
     while not isinstance(model, torch.jit.ScriptModule):
         inner = model._modules.get("_orig_mod") or (model.module if isinstance(model, _WRAPPERS) else None)
         if not isinstance(inner, nn.Module):
@@ -72,7 +71,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors that some call has left behind with its graph are copied without it."""
+    """A deep copy; tensors that a forward pass stored are copied without their autograd graph."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in _tensors(
@@ -161,7 +160,7 @@ def _refuse_tensors(name: str, module: nn.Module) -> None:
 
 
 def _share_nothing(model: nn.Module) -> None:
-    """Give each module parameters and buffers of its own: rewriting one layer must not change another."""
+    """Give each module its own parameters and buffers: rewriting one layer must not change another."""
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -1,4 +1,4 @@
-"""Fake quantization as functions: what n bits do to a tensor, and the gradient that passes through them.
+"""Fake quantization as functions, with their gradients.
 
 Taught in notebook 02.
 """
