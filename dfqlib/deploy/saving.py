@@ -1,4 +1,4 @@
-"""Keep a quantized network in one file, and rebuild it from there bit for bit.
+"""Save a quantized network in one file, and rebuild it from there bit for bit.
 
 The file holds tensors and plain values only: weights, ranges and signs of the quantizers, and the spec. The layers come
 from the architecture, so reading a file never runs code from it.

@@ -62,9 +62,9 @@ SELECTIONS |= {nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, operator.g
 SELECTIONS |= {torch.permute, "permute", torch.chunk, "chunk", torch.split, "split", "repeat", "expand", torch.roll}
 SELECTIONS |= {"roll", torch.flip, "flip", torch.sum, "sum", torch.amax, "amax"}
 """Operations that select, average or sum the elements of one tensor."""
-MOVES = VIEWS | MAX_POOLS | PADS | {operator.getitem}
+REARRANGEMENTS = VIEWS | MAX_POOLS | PADS | {operator.getitem}
 """Operations that rearrange or select elements without changing them."""
-KEEPS = MOVES | RELUS | CATS
+COMMUTING = REARRANGEMENTS | RELUS | CATS
 """Operations that commute with quantization: their input can be quantized with the scale of their output."""
 
 # Attributes of tensors

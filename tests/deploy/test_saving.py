@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 
 import dfqlib
@@ -127,6 +128,14 @@ def test_so_are_those_of_the_sums_that_only_an_exported_file_stores(
     check = dfqlib.verify_export(report, tmp_path / "a.onnx", images())
     assert check.largest_difference == 0
     assert check.simulation_agreement > 90
+
+
+def test_biases_that_a_recipe_gave_to_layers_called_as_functions_are_kept(tmp_path: Path) -> None:
+    model, shape = zoo.make("layers_used_for_their_weights_alone")
+    report = dfqlib.quantize(model, shape, recipe="equalize", progress=False)
+    loaded = load_quantized(report.save(tmp_path / "q.pt"), model)
+    inputs = torch.randn(4, *shape)
+    assert torch.equal(loaded(inputs), report.model(inputs))
 
 
 def test_the_file_holds_nothing_but_tensors_and_plain_values(saved: Path) -> None:

@@ -1,4 +1,4 @@
-"""A layer in integers, BatchNorm included.
+"""A layer and its BatchNorm in integers.
 
 Taught in notebook 10.
 """
@@ -59,20 +59,22 @@ class IntegerLayer(nn.Module):
 
     def integers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Integer weights shaped like the weights, integer bias (channels,), and step sizes (channels,)."""
-        codes, step, bias = self._quantized()
+        integers, step, bias = self._quantized()
         if self.norm is not None:
             gain, shift = _affine(self.norm)
             bias = bias * gain + shift
-            codes = codes * per_channel(torch.where(gain < 0, -1.0, 1.0), codes)
-            codes = codes.clamp(max=self.largest_code)
+            integers = integers * per_channel(torch.where(gain < 0, -1.0, 1.0), integers)
+            integers = integers.clamp(max=self.largest_code)
             scale = step * gain.abs()
         else:
-            scale = step.expand(len(codes))
+            scale = step.expand(len(integers))
         floor = torch.maximum(bias.abs() / (self.source.step * LARGEST_BIAS), step * SMALLEST_GAIN).detach()
-        shrunk = RoundClamp.apply(codes * per_channel(scale / floor, codes), -self.largest_code, self.largest_code)
-        codes = torch.where(per_channel(scale < floor, codes), shrunk, codes)
+        shrunk = RoundClamp.apply(
+            integers * per_channel(scale / floor, integers), -self.largest_code, self.largest_code
+        )
+        integers = torch.where(per_channel(scale < floor, integers), shrunk, integers)
         scale = torch.maximum(scale, floor)
-        return codes, RoundClamp.apply(bias / (self.source.step * scale), -LARGEST_BIAS, LARGEST_BIAS), scale
+        return integers, RoundClamp.apply(bias / (self.source.step * scale), -LARGEST_BIAS, LARGEST_BIAS), scale
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -81,7 +83,7 @@ class IntegerLayer(nn.Module):
         A weight of 7 bits becomes an even integer of 8 bits, so that settling twice changes nothing.
         """
         _, whole, scale = self.integers()
-        codes, step, bias = self._quantized()
+        integers, step, bias = self._quantized()
         gain, shift = (torch.ones_like(bias), torch.zeros_like(bias)) if self.norm is None else _affine(self.norm)
         missing = whole * self.source.step * scale - (bias * gain + shift)
         if self.norm is not None and self.norm.bias is not None:
@@ -95,7 +97,7 @@ class IntegerLayer(nn.Module):
             lowest = per_channel(torch.where(gain < 0, -self.largest_code * step, -torch.inf), weight)
             weight.copy_(
                 torch.where(
-                    per_channel(self.narrowed, weight), codes * per_channel(step, weight), weight.maximum(lowest)
+                    per_channel(self.narrowed, weight), integers * per_channel(step, weight), weight.maximum(lowest)
                 )
             )
 
@@ -137,12 +139,12 @@ class IntegerLayer(nn.Module):
         if self.layer is None:
             ones = like.new_ones(self.channels, 1, 1, 1) if self.is_convolution else torch.eye(self.channels).to(like)
             return ones, like.new_ones(()), none
-        scaled, codes, step = self._in_steps()
+        scaled, integers, step = self._in_steps()
         if self._can_saturate:
-            narrowed = self._saturates(codes)
-            codes = torch.where(per_channel(narrowed, codes), _halved(codes, scaled), codes)
+            narrowed = self._saturates(integers)
+            integers = torch.where(per_channel(narrowed, integers), _halved(integers, scaled), integers)
             step = torch.where(narrowed, 2 * step, step)
-        return codes, step, none if self.layer.bias is None else self.layer.bias
+        return integers, step, none if self.layer.bias is None else self.layer.bias
 
     def _in_steps(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weights in units of their step size, the same as integers, and the step size."""
@@ -163,9 +165,9 @@ class IntegerLayer(nn.Module):
         """The largest unsigned byte of an input in a runtime."""
         return self.source.qmax + zero_point(self.source)
 
-    def _saturates(self, codes: Tensor) -> Tensor:
+    def _saturates(self, integers: Tensor) -> Tensor:
         """Channels in which any two products of one sign exceed 16 bits: booleans (channels,)."""
-        flat = codes.detach().flatten(1)
+        flat = integers.detach().flatten(1)
         by_sign = torch.stack([flat, -flat]).clamp(min=0)
         largest_pair = by_sign.topk(min(2, flat.shape[1])).values.sum(2).amax(0)
         return largest_pair * self._largest_input > LARGEST_PAIR
@@ -198,9 +200,9 @@ class IntegerLayer(nn.Module):
         return F.conv2d(x, weight, bias, groups=self.channels)
 
 
-def _halved(codes: Tensor, scaled: Tensor) -> Tensor:
-    """``scaled`` weights rounded to twice the step size; the gradient is that of ``codes``."""
-    half = codes / 2
+def _halved(integers: Tensor, scaled: Tensor) -> Tensor:
+    """``scaled`` weights rounded to twice the step size; the gradient is that of ``integers``."""
+    half = integers / 2
     return half + ((scaled / 2).round().clamp(-LARGEST_IN_7_BITS, LARGEST_IN_7_BITS) - half).detach()
 
 

@@ -116,7 +116,7 @@ class Lowering:
             self._relu(node, 6.0 if kind in kinds.RELU6 else None)
         elif kind in kinds.CATS:
             self._concatenate(node)
-        elif kind in kinds.MOVES:
+        elif kind in kinds.REARRANGEMENTS:
             self._rearrange(node, kind)
         else:
             raise _no_integer_form(node)
@@ -241,7 +241,7 @@ class Lowering:
             return None
         if kind is StepQuantizer:
             return str(user.target)
-        if kind not in kinds.KEEPS:
+        if kind not in kinds.COMMUTING:
             return self.prefix + node.name
         scale = self._scale_of_readers(user)
         return scale if kind in kinds.VIEWS else scale or self.prefix + user.name

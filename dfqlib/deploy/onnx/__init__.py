@@ -1,4 +1,4 @@
-"""A quantized network as an ONNX file that another runtime executes in integers.
+"""Export a quantized network as an ONNX file that another runtime executes in integers.
 
 Each operation of ``integer.simulate`` is written in the form that runtimes recognize (DequantizeLinear, the operation,
 QuantizeLinear), which ONNX Runtime fuses into one integer kernel. Between layers integer values of fewer than 8 bits
@@ -91,7 +91,7 @@ def _known_shape(model: Quantized | nn.Module) -> ImageShape:
 
 
 def check_exportable(model: nn.Module, spec: QuantSpec, image_shape: ImageShape) -> None:
-    """Raise InputError if a model, once quantized, could not be exported: known before the minutes of work.
+    """Raise InputError if a model, once quantized, could not be exported; for a check before the work.
 
     Taught in notebook 10.
     """
@@ -103,7 +103,7 @@ def check_exportable(model: nn.Module, spec: QuantSpec, image_shape: ImageShape)
 
 
 def integer_network(model: Quantized | nn.Module, image_shape: ImageShape) -> fx.GraphModule:
-    """The integer simulation of a copy of a report's model (or of a model): what ``export_onnx`` writes.
+    """The integer simulation that ``export_onnx`` writes, of a copy of the model or of the report's model.
 
     Taught in notebook 10.
     """
@@ -154,7 +154,7 @@ def _check_shape(image_shape: Any) -> None:
 
 
 def write_onnx(proto: Any, path: Path) -> None:
-    """Check a model and put it in its place, whole or not at all."""
+    """Check an ONNX model and write it, whole or not at all."""
     onnx = import_extra("onnx")
     try:
         onnx.checker.check_model(proto, full_check=True)

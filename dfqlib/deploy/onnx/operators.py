@@ -1,4 +1,4 @@
-"""How each integer operation is written in ONNX.
+"""Write each integer operation in ONNX.
 
 Taught in notebook 10.
 """
@@ -118,8 +118,8 @@ def _last_convolution(writer: Writer, node: fx.Node, layer: IntegerLayer) -> Non
     """Scale the accumulator explicitly: no fused integer convolution has a floating-point output."""
     source, name = _source(node), node.name
     quantizer = writer.quantizers[source]
-    codes, bias, steps = layer.integers()
-    inputs = [writer.names[source], writer.weight(f"{name}/weight", codes, layer.bits), writer.bound(0, quantizer)]
+    integers, bias, steps = layer.integers()
+    inputs = [writer.names[source], writer.weight(f"{name}/weight", integers, layer.bits), writer.bound(0, quantizer)]
     product = writer.add("ConvInteger", inputs, f"{name}/product", **_convolution(layer))
     whole, scale = (values.view(-1, 1, 1) for values in (bias, quantizer.step * steps))
     total = writer.add("Add", [product, writer.constant(f"{name}/bias", whole, "int32")], f"{name}/sum")
@@ -171,7 +171,7 @@ def _table(writer: Writer, node: fx.Node, module: Table) -> None:
     writer.table(node, _source(node), module.entries(), module.target)
 
 
-def _move(writer: Writer, node: fx.Node, kind: str, *constants: str, **attributes: Any) -> None:
+def _rearrange(writer: Writer, node: fx.Node, kind: str, *constants: str, **attributes: Any) -> None:
     """An operation that rearranges or selects values: the same in integers as in floating point."""
     source = _source(node)
     name = writer.add(kind, [writer.names[source], *constants], node.name, **attributes)
@@ -182,14 +182,14 @@ def _clamp(writer: Writer, node: fx.Node, module: Clamp) -> None:
     if _source(node) in writer.clipped:  # the source was stored within these bounds already
         writer.keep(node, writer.names[_source(node)], module.quantizer)
     else:
-        _move(writer, node, "Clip", *(writer.bound(code, module.quantizer) for code in module.bounds))
+        _rearrange(writer, node, "Clip", *(writer.bound(value, module.quantizer) for value in module.bounds))
 
 
 def _max_pool(writer: Writer, node: fx.Node, module: nn.MaxPool2d | None) -> None:
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     given: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
     pool = module or nn.MaxPool2d(**given)
-    _move(
+    _rearrange(
         writer, node, "MaxPool", kernel_shape=list(pair(pool.kernel_size)), strides=list(pair(pool.stride)),
         pads=[*pair(pool.padding)] * 2, dilations=list(pair(pool.dilation)), ceil_mode=int(pool.ceil_mode),
     )  # fmt: skip
@@ -198,9 +198,9 @@ def _max_pool(writer: Writer, node: fx.Node, module: nn.MaxPool2d | None) -> Non
 def _reshape(writer: Writer, node: fx.Node, _: None) -> None:
     shape = writer.shapes[node.name]
     if len(shape) == 1:
-        _move(writer, node, "Flatten")
+        _rearrange(writer, node, "Flatten")
     else:
-        _move(writer, node, "Reshape", writer.constant(f"{node.name}/shape", [-1, *shape], "int64"))
+        _rearrange(writer, node, "Reshape", writer.constant(f"{node.name}/shape", [-1, *shape], "int64"))
 
 
 def _slice(writer: Writer, node: fx.Node, _: None) -> None:
@@ -215,7 +215,9 @@ def _slice(writer: Writer, node: fx.Node, _: None) -> None:
     ]
     axes, starts, ends, steps = zip(*ranges, strict=True)
     columns = {"starts": starts, "ends": ends, "axes": axes, "steps": steps}
-    _move(writer, node, "Slice", *(writer.constant(f"{node.name}/{n}", list(c), "int64") for n, c in columns.items()))
+    _rearrange(
+        writer, node, "Slice", *(writer.constant(f"{node.name}/{n}", list(c), "int64") for n, c in columns.items())
+    )
 
 
 def _pad(writer: Writer, node: fx.Node, _: None) -> None:
@@ -231,7 +233,7 @@ def _pad(writer: Writer, node: fx.Node, _: None) -> None:
         before[-axis], after[-axis] = first, last
     quantizer = writer.quantizers.get(source)
     zero = writer.constant("value/zero", 0.0, "float32") if quantizer is None else writer.bound(0, quantizer)
-    _move(writer, node, "Pad", writer.constant(f"{node.name}/pads", before + after, "int64"), zero)
+    _rearrange(writer, node, "Pad", writer.constant(f"{node.name}/pads", before + after, "int64"), zero)
 
 
 def _concatenate(writer: Writer, node: fx.Node, _: None) -> None:

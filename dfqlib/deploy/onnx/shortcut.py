@@ -1,7 +1,6 @@
-"""The shortcut without weights of a ResNet (its option A) as one integer kernel.
+"""The parameter-free shortcut of a ResNet (option A: every second pixel, padded with channels of zeros) as one kernel.
 
-Every second pixel and channels of zeros around the old ones: two nodes that move bytes, or a convolution of one pixel
-whose weights are zeros and ones, which is exact and one kernel to start instead of two.
+A 1×1 convolution with weights of zeros and ones computes exactly what a Slice and a Pad compute, in one kernel.
 
 Taught in notebook 10.
 """
@@ -27,7 +26,7 @@ class Shortcut:
 
 
 def sampled_and_padded(writer: Writer, node: fx.Node) -> Shortcut | None:
-    """What a slice of codes and the padding that alone reads it do together; None if ``node`` is no such slice."""
+    """A slice of integers and the padding that alone reads it; None if ``node`` is no such slice."""
     if node.target is not operator.getitem or len(node.users) != 1:
         return None
     source, reader = node.all_input_nodes[0], next(iter(node.users))
@@ -56,8 +55,8 @@ def write_shortcut(writer: Writer, node: fx.Node, shortcut: Shortcut) -> None:
     channels, quantizer = writer.shapes[source.name][0], writer.quantizers[source]
     weight = np.pad(np.eye(channels, dtype=np.int8), ((shortcut.before, shortcut.after), (0, 0)))[:, :, None, None]
     one = writer.constant("one", 1.0, "float32")
-    codes = writer.weight(f"{node.name}/ones", weight, 4)
-    values = writer.add("DequantizeLinear", [codes, one], f"{node.name}/ones_real")
+    integers = writer.weight(f"{node.name}/ones", weight, 4)
+    values = writer.add("DequantizeLinear", [integers, one], f"{node.name}/ones_real")
     strides = list(shortcut.strides)
     writer.add("Conv", [writer.real(source), values], f"{node.name}/sum", kernel_shape=[1, 1], strides=strides)
     writer.keep(

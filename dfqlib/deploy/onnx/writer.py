@@ -97,19 +97,19 @@ class Writer:
         if quantizer is not None:
             self.quantizers[node] = quantizer
 
-    def weight(self, name: str, codes: Any, bits: int) -> str:
+    def weight(self, name: str, integers: Any, bits: int) -> str:
         """Integer weights as int8; packed ones are unpacked when the file is loaded, since kernels read bytes."""
         if self.container == "int8" or bits > 4:
-            return self.constant(name, codes, "int8")
-        return self.add("Cast", [self.constant(name, codes, "int4")], f"{name}/int8", to=self.onnx.TensorProto.INT8)
+            return self.constant(name, integers, "int8")
+        return self.add("Cast", [self.constant(name, integers, "int4")], f"{name}/int8", to=self.onnx.TensorProto.INT8)
 
     def layer_constants(self, node: fx.Node, layer: IntegerLayer) -> list[str]:
         """Dequantized weight and bias of a layer; the bias has the scale of the accumulator."""
-        codes, bias, steps = layer.integers()
+        integers, bias, steps = layer.integers()
         weight_step = self.constant(f"{node.name}/weight_step", steps, "float32")
         bias_step = self.constant(f"{node.name}/bias_step", layer.source.step * steps, "float32")
         pairs = {
-            "weight": [self.weight(f"{node.name}/weight", codes, layer.bits), weight_step],
+            "weight": [self.weight(f"{node.name}/weight", integers, layer.bits), weight_step],
             "bias": [self.constant(f"{node.name}/bias", bias, "int32"), bias_step],
         }
         if not layer.is_convolution:  # ONNX Runtime fuses a matrix product only if told even that this is zero
@@ -137,15 +137,15 @@ class Writer:
         name = self._steps.setdefault(quantizer, f"{node.name}/step")
         return [self.constant(name, quantizer.step, "float32"), self.bound(0, quantizer)]
 
-    def _packed(self, name: str, codes: np.ndarray) -> Any:
+    def _packed(self, name: str, integers: np.ndarray) -> Any:
         """Two 4-bit weights to a byte, the first in the low half."""
         kind = getattr(self.onnx.TensorProto, "INT4", None)
         if kind is None:
             raise InputError(f'container="int4" needs onnx 1.16 or newer, this is {self.onnx.__version__}; update onnx')
-        halves = np.append(codes.flatten().astype(np.int8), np.int8(0)).view(np.uint8) & 15
-        pairs = halves[: 2 * ((codes.size + 1) // 2)].reshape(-1, 2)
+        halves = np.append(integers.flatten().astype(np.int8), np.int8(0)).view(np.uint8) & 15
+        pairs = halves[: 2 * ((integers.size + 1) // 2)].reshape(-1, 2)
         raw = (pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8).tobytes()
-        return self.onnx.TensorProto(name=name, data_type=kind, dims=codes.shape, raw_data=raw)
+        return self.onnx.TensorProto(name=name, data_type=kind, dims=integers.shape, raw_data=raw)
 
 
 class FloatWriter(Writer):
@@ -159,8 +159,8 @@ class FloatWriter(Writer):
         return self.constant(f"value/{float(real):.9g}", real, "float32")
 
     def layer_constants(self, node: fx.Node, layer: IntegerLayer) -> list[str]:
-        codes, bias, steps = layer.integers()
-        weight = codes * steps.reshape(-1, *[1] * (codes.ndim - 1))
+        integers, bias, steps = layer.integers()
+        weight = integers * steps.reshape(-1, *[1] * (integers.ndim - 1))
         return [
             self.constant(f"{node.name}/weight", weight, "float32"),
             self.constant(f"{node.name}/bias", bias * layer.source.step * steps, "float32"),
