@@ -28,6 +28,7 @@ __all__ = [
     "module_of",
     "non_negative",
     "operation",
+    "shared_copy",
     "stored_tensor",
     "trace",
     "unused",
@@ -151,9 +152,7 @@ class Run(fx.Interpreter):
 def with_fixed_sizes(network: fx.GraphModule, image_shape: tuple[int, int, int]) -> fx.GraphModule:
     """The same graph with constants for sizes that do not depend on the batch; modules are shared, names stay."""
     two, three = (Run(network, batch, image_shape).sizes for batch in (2, 3))
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(network.graph, {}))
-    result = fx.GraphModule(network, copied, type(network).__name__)
+    result = shared_copy(network)
     for node in reversed(list(result.graph.nodes)):
         if node.name in two and two[node.name] == three[node.name]:
             value = two[node.name]
@@ -161,9 +160,17 @@ def with_fixed_sizes(network: fx.GraphModule, image_shape: tuple[int, int, int])
                 user.args = _replaced(user.args, node, value)
                 user.kwargs = _replaced(user.kwargs, node, value)
             result.graph.erase_node(node)
-    result.meta.update(network.meta)
     result.recompile()
     return result.train(network.training)
+
+
+def shared_copy(network: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph that shares the modules of ``network``; node names stay."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(network.graph, {}))
+    result = fx.GraphModule(network, copied, type(network).__name__)
+    result.meta.update(network.meta)
+    return result
 
 
 def _replaced(arguments: Any, node: fx.Node, value: Any) -> Any:

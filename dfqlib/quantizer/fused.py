@@ -51,9 +51,7 @@ def fused(network: nn.Module) -> fx.GraphModule:
     Taught in notebook 07.
     """
     source = network if isinstance(network, fx.GraphModule) else graph.trace(network)[0]
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(source.graph, {}))
-    result = fx.GraphModule(source, copied)  # its modules are those of the source
+    result = graph.shared_copy(source)
     for layer in folding.find_layers(result).values():
         if layer.norm is not None and not layer.norm.training:
             result.set_submodule(layer.name, _Merged(layer.module, layer.norm))
