@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 from dfqlib.network._torchvision import import_torchvision
 
@@ -501,6 +502,143 @@ def normalizes_by_itself() -> nn.Module:
     return Net(lambda m, x: m.b((x - 0.5) / 0.25), b=sequential())
 
 
+# Layers whose class is a torch layer's and whose forward is not
+class ShiftedNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x) + 1
+
+
+class StandardizedByValue(StandardizedWeights):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.abs().sum() >= 0 else x
+
+
+class HalvedWeights(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, 0.5 * weight, bias)
+
+
+class SummedSequential(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+class LoweredReLU(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - 0.5
+
+
+@entry
+def subclass_of_batchnorm() -> nn.Module:
+    return sequential(conv(8, 8), ShiftedNorm(8), nn.ReLU(), conv(8, 8))
+
+
+@entry
+def subclass_that_cannot_be_followed() -> nn.Module:
+    return sequential(StandardizedByValue(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), block(8, 8))
+
+
+@entry
+def subclass_with_its_own_product() -> nn.Module:
+    return sequential(HalvedWeights(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+
+
+@entry
+def subclasses_of_containers_and_activations() -> nn.Module:
+    return sequential(SummedSequential(block(8, 8)), conv(8, 8), LoweredReLU(), conv(8, 8), nn.ReLU())
+
+
+# More of what forwards do
+@entry
+def positive_and_negative_parts() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        return m.head(m.b(torch.cat([F.relu(x), F.relu(-x)], 1)))
+
+    return Net(forward, a=conv(3, 8), b=block(16, 8), head=head())
+
+
+@entry
+def joined_logits() -> nn.Module:
+    layers = {"a": block(3, 8), "f": nn.Linear(8, 3), "g": nn.Linear(8, 2)}
+    return Net(lambda m, x: torch.cat([m.f(y := m.a(x).mean((2, 3))), m.g(y)], -1), **layers)
+
+
+@entry
+def mean_of_two_heads() -> nn.Module:
+    return Net(lambda m, x: (m.g(y := m.a(x)) + m.h(y)) / 2, a=block(3, 8), g=head(), h=head())
+
+
+@entry
+def mean_with_an_axis() -> nn.Module:
+    return Net(lambda m, x: m.f(torch.mean(m.a(x), axis=(-1, -2))), a=block(3, 8), f=nn.Linear(8, 5))
+
+
+@entry
+def slices_of_channels() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        return m.head(torch.cat([x[:, :4], m.b(x[:, 4:])], 1))
+
+    return Net(forward, a=block(3, 8), b=block(4, 4), head=head())
+
+
+@entry
+def scaled_residual_in_a_loop() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        for _ in range(3):
+            x = x + 0.1 * m.b(x)
+        return m.head(x)
+
+    return Net(forward, a=block(3, 8), b=block(8, 8), head=head())
+
+
+@entry
+def one_pixel_and_a_batchnorm_at_the_end() -> nn.Module:
+    ends = (nn.Flatten(), nn.Linear(8, 5), nn.BatchNorm1d(5))
+    return nn.Sequential(block(3, 8), nn.AdaptiveAvgPool2d(1), block(8, 8, size=1), conv(8, 8), nn.ReLU(), *ends)
+
+
+@entry
+def hard_swish_by_hand() -> nn.Module:
+    return Net(lambda m, x: m.head((y := m.a(x)) * F.relu6(y + 3) / 6), a=conv(3, 8), head=head())
+
+
+@entry
+def layers_used_for_their_weights_alone() -> nn.Module:
+    layers = {"a": block(3, 5), "f": nn.Linear(7, 5)}
+    return Net(lambda m, x: F.linear(F.relu(F.linear(m.a(x).mean((2, 3)), m.f.weight.t())), m.f.weight), **layers)
+
+
+@entry
+def batchnorm_with_fixed_buffers() -> nn.Module:
+    return sequential(conv(8, 8), import_torchvision().ops.FrozenBatchNorm2d(8), nn.ReLU(), conv(8, 8))
+
+
+@entry
+def slope_per_channel() -> nn.Module:
+    return sequential(conv(8, 8), nn.PReLU(8), conv(8, 8))
+
+
+@entry
+def transposed_convolution() -> nn.Module:
+    return sequential(nn.ConvTranspose2d(8, 8, 2, 2), nn.BatchNorm2d(8), nn.ReLU(), block(8, 8))
+
+
+@entry
+def reflected_edges() -> nn.Module:
+    return sequential(conv(8, 8, padding_mode="reflect"), nn.BatchNorm2d(8), nn.ReLU())
+
+
+@entry
+def activation_checkpointing() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(checkpoint(m.b, m.a(x), use_reentrant=False))
+
+    return Net(forward, a=block(3, 8), b=block(8, 8), head=head())
+
+
 # torchvision's families, thin
 def _torchvision(name: str, shape: tuple[int, int, int], build: Callable[[Any], nn.Module]) -> None:
     ZOO[name] = lambda: build(import_torchvision().models)
@@ -540,6 +678,21 @@ _torchvision(
     (3, 32, 32),
     lambda m: m.ConvNeXt([m.convnext.CNBlockConfig(8, 16, 1), m.convnext.CNBlockConfig(16, None, 1)], num_classes=5),
 )
+
+
+def full_width() -> list[str]:
+    """torchvision's convolutional classifiers; of the largest several copies do not fit into the memory at hand."""
+    names = import_torchvision().models.list_models(module=import_torchvision().models)
+    return [name for name in names if "vit" not in name and "swin" not in name and name != "regnet_y_128gf"]
+
+
+def make_full_width(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The network as torchvision makes it, with random weights, and a shape of images that it takes."""
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(import_torchvision().models, name)(**options)
+        return randomized(model), (3, 299, 299) if name == "inception_v3" else (3, 64, 64)
 
 
 def make(name: str) -> tuple[nn.Module, tuple[int, int, int]]:

@@ -1,1 +1,1 @@
-"""From a fake-quantized network to a file: integers, ONNX, and a file that dfqlib reads back."""
+"""Integer simulation of a fake-quantized network, its export to ONNX, and files that dfqlib loads again."""

@@ -1,7 +1,7 @@
-"""Keep a quantized network in one file, and rebuild it from there bit for bit.
+"""Save a quantized network in one file, and rebuild it from there bit for bit.
 
-The file holds tensors and plain values only: the weights, the ranges of the quantizers, and how the network was
-quantized. Which layers there are comes from the architecture, so reading a file never runs code out of it.
+The file holds tensors and plain values only: weights, ranges and signs of the quantizers, and the spec. The layers come
+from the architecture, so reading a file never runs code from it.
 """
 
 import copy
@@ -19,7 +19,7 @@ from dfqlib.deploy import integer
 from dfqlib.errors import InputError
 from dfqlib.models.checkpoints import read_file, require_fit
 from dfqlib.network import folding
-from dfqlib.quantizer import QuantSpec, quantize_layers, quantizers, set_mode
+from dfqlib.quantizer import QuantSpec, StepQuantizer, quantize_layers, quantizers, set_mode
 from dfqlib.training.files import check_writable, written_whole
 
 FORMAT = "dfqlib quantized network"
@@ -71,6 +71,7 @@ def save_quantized(
     if any(quantizer.mode != "quantize" for _, quantizer in quantizers(model)):
         raise InputError("network is not calibrated; call quantizer.calibrate(network, images) before saving it")
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    prepared = _prepared(network, model)
     if arch is not None:
         known = models.info(arch)
         rebuilt = _rebuilt(known.build(), changes, spec, weights)
@@ -87,25 +88,26 @@ def save_quantized(
         "classes": None if classes is None else list(classes),
         "settings": {name: _plain(value) for name, value in settings.items()},
         "state_dict": weights,
-        "sums": _ranges_of_sums(network),
+        "sums": {name: value.detach().cpu() for name, value in prepared.state_dict().items() if name not in weights},
+        "signed": {name: each.signed for name, each in quantizers(prepared) if isinstance(each, StepQuantizer)},
     }
     with written_whole(path) as temporary:
         torch.save(content, temporary)
     return path
 
 
-def _ranges_of_sums(network: Run | nn.Module) -> dict[str, Tensor]:
-    """What an exported file needs beside the network: an export from the saved file is then the same file."""
-    images = getattr(network, "images", None)
-    if isinstance(network, nn.Module) or not isinstance(images, Tensor) or not len(images):
-        return dict(getattr(network, "meta", {}).get("sums", {}))
-    prepared = copy.deepcopy(network.model)
-    before = set(prepared.state_dict())
+def _prepared(network: Any, model: Any) -> nn.Module:
+    """The network with the ranges that an exported file adds: an export from the saved file is then the same file."""
+    images = None if network is model else getattr(network, "images", None)
+    prepared = copy.deepcopy(model)
     try:
-        integer.prepare(prepared, images.to(next(prepared.parameters()).device))
+        if isinstance(images, Tensor) and len(images):
+            integer.prepare(prepared, images.to(next(model.parameters()).device))
+        elif model.meta.get("sums"):
+            integer.prepare_from_saved(prepared, model.meta["sums"], model.meta["signed"])
     except InputError:  # it has no integer form, and needs no such ranges
-        return {}
-    return {name: value.detach().cpu() for name, value in prepared.state_dict().items() if name not in before}
+        return model
+    return prepared
 
 
 def load_quantized(path: str | PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -142,7 +144,11 @@ def load_quantized(path: str | PathLike[str], model: nn.Module | None = None) ->
     # Taking the tensors as they are keeps their memory layout too, on which the last bit of a convolution depends.
     network.load_state_dict(weights, assign=True)
     set_mode(network, "quantize")
-    network.meta["sums"] = dict(content.get("sums", {}))
+    signed = dict(content.get("signed", {}))
+    for name, quantizer in quantizers(network):
+        if isinstance(quantizer, StepQuantizer):
+            quantizer.set_sign(signed.get(name, quantizer.signed))
+    network.meta.update(sums=dict(content.get("sums", {})), signed=signed)
     network.meta["saved"] = {name: content.get(name) for name in ("arch", "mean", "std", "classes", "settings")}
     return network.eval().requires_grad_(False)
 
@@ -150,19 +156,17 @@ def load_quantized(path: str | PathLike[str], model: nn.Module | None = None) ->
 def _rebuilt(
     model: nn.Module, changes: Mapping[str, Any], spec: QuantSpec, weights: Mapping[str, Tensor]
 ) -> fx.GraphModule:
-    """The quantized network that ``weights`` are of: the architecture of ``model`` with what a recipe changed in it,
-    quantizers, and the grids of ``integer.prepare`` where the weights have some.
-    """
+    """The architecture of ``model`` with a recipe's ``changes`` and the quantizers that ``weights`` belong to."""
     network = quantize_layers(folding.rebuild(model, changes), spec)
     network.meta["changes"] = dict(changes)
     set_mode(network, "quantize")
-    if weights.keys() - network.state_dict().keys():  # the grids of integer.prepare
+    if weights.keys() - network.state_dict().keys():  # those of integer.prepare
         integer.attach(network)
     return network
 
 
 def _parts(content: Any, what: str) -> tuple[QuantSpec, dict[str, Tensor]]:
-    """The spec and the weights of a file's content, or a message that says what the file is instead."""
+    """The spec and the weights of a file's content; InputError says what the file is instead."""
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise InputError(f"{what} is no quantized network; give a file that dfqlib.save_quantized wrote")
     if content.get("version") != VERSION:

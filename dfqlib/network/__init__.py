@@ -1,1 +1,1 @@
-"""Reading and running a network: its graph, BatchNorm folded, one set of operation kinds, one guard, its logits."""
+"""Read and run a network: its graph, BatchNorm folding, kinds of operations, logits."""

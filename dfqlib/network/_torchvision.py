@@ -1,8 +1,7 @@
-"""torchvision beside a CPU-only torch.
+"""Needed wherever torch and torchvision come from different indexes: a CPU-only torch, torchvision from PyPI.
 
-torchvision's wheel cannot load its compiled operators there, and importing it then fails although all that
-this library needs (datasets, transforms, models, ``utils.make_grid``) is pure Python. Only the registration
-of fake kernels for the missing operators is in the way.
+torchvision's compiled operators then do not load, and importing it fails although all that this library needs of it
+(datasets, transforms, models) is pure Python: only the registration of fake kernels for these operators is in the way.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""One guard against a fault of oneDNN, which every network that we train passes.
+"""A workaround for a fault of oneDNN, for every network that we train.
 
 The weight gradient of a strided 1×1 convolution writes beyond its workspace when tensors are channels last and there
-are fewer input channels than the kernel's block (8 with AVX2, 16 with AVX-512): uxlfoundation/oneDNN#6035. The process
-dies of a corrupted heap, or goes on with a wrong gradient. The pixels that a stride skips do not enter the result, so
-leaving them out first and convolving with stride 1 computes the same.
+are fewer input channels than the kernel's block (8 with AVX2, 16 with AVX-512): uxlfoundation/oneDNN#6035. The heap is
+corrupted, or the gradient is wrong. Dropping the skipped pixels first and convolving with stride 1 computes the same.
 
-``guard`` exchanges the layers of a network, ``guarded`` also catches ``torch.conv2d`` called by itself. With a oneDNN
-that has the fault mended (``FIXED_IN``) both change nothing.
+``guard`` replaces the layers of a network; ``guarded`` also catches calls of ``torch.conv2d``.
 """
 
 import re
@@ -33,15 +31,15 @@ FAULTY = () < onednn_version() < FIXED_IN
 
 
 def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What ``layer`` computes with another weight of its shape, and another bias."""
-    on_cpu = next(layer.parameters()).device.type == "cpu"  # asked of the layer: in a trace x is no tensor
+    """The output of ``layer`` with the given weight and bias instead of its own."""
+    on_cpu = next(layer.parameters()).device.type == "cpu"  # of the layer, since x has no device in a trace
     if FAULTY and on_cpu and _is_affected(layer):
         return _unstrided(x, weight, bias, layer.stride, layer.groups)
     return layer._conv_forward(x, weight, bias)
 
 
 def guard(model: nn.Module) -> nn.Module:
-    """Let the strided 1×1 convolutions of a network leave pixels out first, in place; names and weights stay."""
+    """Replace the class of strided 1×1 convolutions in a network, in place; names and weights stay."""
     for module in model.modules():
         if FAULTY and isinstance(module, nn.Conv2d) and _is_affected(module):
             kind: Any = type(module)
@@ -51,14 +49,14 @@ def guard(model: nn.Module) -> nn.Module:
 
 
 class Unstrided(nn.Conv2d):
-    """A convolution that ``guard`` has exchanged."""
+    """A convolution whose class ``guard`` has replaced."""
 
     def forward(self, input: Tensor) -> Tensor:
         return convolve(self, input, self.weight, self.bias)
 
 
 def kind_of(module: nn.Module) -> Any:
-    """What a module computes, as a class: torch's own for a subclass that adds nothing, or that ``guard`` made."""
+    """The class that defines what a module computes: torch's own for a subclass that leaves its forward alone."""
     own = next(kind for kind in type(module).__mro__ if not issubclass(kind, Unstrided))
     for kind in own.__mro__:
         if kind.__module__.startswith("torch.nn.modules") and all(
@@ -69,7 +67,7 @@ def kind_of(module: nn.Module) -> Any:
 
 
 def restore(model: nn.Module, like: nn.Module) -> nn.Module:
-    """Give a copy of ``like`` its classes back and lay it out contiguously, in place: what ``like`` guards stays so."""
+    """Undo ``guard`` in a copy of ``like``, except where ``like`` is guarded, and make it contiguous, in place."""
     for module, original in zip(model.modules(), like.modules(), strict=True):
         if isinstance(module, Unstrided):
             module.__class__ = type(original)  # type: ignore[assignment]
@@ -77,7 +75,7 @@ def restore(model: nn.Module, like: nn.Module) -> nn.Module:
 
 
 class guarded(TorchFunctionMode):
-    """Inside the block every strided 1×1 convolution leaves pixels out first, whoever calls ``torch.conv2d``."""
+    """A context in which ``torch.conv2d`` drops the pixels that a strided 1×1 convolution skips."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,7 +1,7 @@
-"""Fold BatchNorm and keep the architecture: every layer and tensor of the model stays where it was.
+"""Fold BatchNorm and keep the architecture: all layers and tensors of the model keep their names and shapes.
 
-The weights take BatchNorm's scale; the layer itself stays, with scale 1, and only adds the bias. So a folded network
-can be quantized, saved, and rebuilt from the model's architecture as if nothing had happened.
+The weights take BatchNorm's scale; the layer stays, with scale 1, and adds only the bias. So a folded network can be
+quantized, saved and rebuilt like the model.
 
 Taught in notebook 02.
 """
@@ -13,22 +13,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfqlib.errors import InputError
-from dfqlib.network import graph
+from dfqlib.network import graph, kinds
+from dfqlib.network.convolution import kind_of
 
 Relu6 = Literal["keep", "replace"]
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A conv or linear layer that is called once, and where its bias is.
+    """A conv or linear layer that is called once, with the BatchNorm layer after it.
 
     Attributes:
         node: the call of ``module``.
         module: with weight (out, in / groups, ...).
-        norm: the BatchNorm layer that alone reads it, or None.
+        norm: the BatchNorm layer that alone reads its output, or None.
         output: the node of ``norm``, or ``node``.
     """
 
@@ -49,7 +49,7 @@ class Layer:
 
     @torch.no_grad()
     def shift(self, amount: Tensor) -> None:
-        """Add (channels,) to the layer's products: to its bias, else to its BatchNorm's mean, else as a new bias."""
+        """Add (channels,) to the output before BatchNorm: in the bias, in BatchNorm's mean, or as a new bias."""
         if self.module.bias is not None:
             self.module.bias.add_(amount)
         elif self.norm is not None:
@@ -58,13 +58,13 @@ class Layer:
             self.module.bias = nn.Parameter(amount.to(self.module.weight), self.module.weight.requires_grad)
 
     def bias(self) -> Tensor:
-        """What a layer with its BatchNorm folded adds to its products, (channels,)."""
+        """The effective bias of a layer with its BatchNorm folded, (channels,)."""
         own = self.module.weight.new_zeros(self.channels) if self.module.bias is None else self.module.bias.detach()
         return own if self.norm is None else own - self.norm.running_mean
 
     @torch.no_grad()
     def scale_outputs(self, factors: Tensor) -> None:
-        """Multiply what a layer with its BatchNorm folded puts out by ``factors``, (channels,), in place."""
+        """Multiply the outputs of a layer with its BatchNorm folded by ``factors``, (channels,), in place."""
         self.module.weight.mul_(per_channel(factors, self.module.weight))
         for bias in (self.module.bias, None if self.norm is None else self.norm.running_mean):
             if bias is not None:
@@ -85,28 +85,24 @@ class Layer:
     def by_input(self, weight: Tensor, channels: int) -> Tensor:
         """A tensor like the layer's weight as (groups, outputs, inputs, positions).
 
-        Input channel c is ``[c // inputs, :, c % inputs]``; a linear layer that reads flattened feature maps has as
-        many positions as they have pixels.
+        Input channel c is ``[c // inputs, :, c % inputs]``; the positions are those of a kernel or of flattened pixels.
         """
         return weight.reshape(self.groups, weight.shape[0] // self.groups, channels // self.groups, -1)
 
     def response(self, weight: Tensor, means: Tensor) -> Tensor:
-        """What ``weight``, shaped like the layer's, makes of a constant (input channels,): (channels,).
-
-        Zero padding is taken to have the constant too.
-        """
+        """The output (channels,) for constant inputs (input channels,), padding included, with the given ``weight``."""
         by_input = self.by_input(weight, len(means)).sum(3)
         return by_input.matmul(means.to(weight).view(self.groups, -1, 1)).flatten()
 
 
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """A network whose BatchNorm layers do nothing any more but add a bias.
+    """A network whose BatchNorm layers only add a bias.
 
     Attributes:
         network: the graph, with the module and tensor names of the model.
         layers: those called once, by name.
-        statistics: mean and deviation, (channels,) each, of what each BatchNorm layer puts out, by its name.
+        statistics: mean and standard deviation of each BatchNorm layer's outputs, (channels,) each, by name.
     """
 
     network: fx.GraphModule
@@ -121,26 +117,26 @@ def find_layers(network: fx.GraphModule) -> dict[str, Layer]:
     for node in network.graph.nodes:
         if node.op != "call_module" or calls.count(str(node.target)) > 1:
             continue
-        module = graph.module_of(node)
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        module: Any = graph.module_of(node)
+        if graph.operation(node) in kinds.LAYERS or hasattr(module, "weight_quantizer"):
             reader = next(iter(node.users)) if len(node.users) == 1 else node
-            norm = graph.module_of(reader) if reader.op == "call_module" else None
-            folds = isinstance(norm, _BatchNorm) and norm.running_mean is not None and calls.count(reader.target) == 1
+            norm: Any = graph.module_of(reader) if graph.operation(reader) in kinds.BATCH_NORMS else None
+            folds = norm is not None and norm.running_mean is not None and calls.count(str(reader.target)) == 1
             found[str(node.target)] = Layer(node, module, norm if folds else None, reader if folds else node)
     return found
 
 
 @torch.no_grad()
 def fold(model: nn.Module, relu6: Relu6 = "keep") -> Folded:
-    """A copy of a network with the scale of each BatchNorm layer moved into the weights before it.
+    """A copy of a network with the scale of each BatchNorm layer multiplied into the weights before it.
 
-    The layer stays where it was, with scale 1 and variance 1, and adds what is left, the bias: names and shapes of all
-    tensors remain those of the model. The FP32 output is unchanged to rounding (unless ReLU6 are replaced).
+    The layer stays, with scale 1 and variance 1, and adds the bias. The FP32 output is unchanged to rounding (unless
+    ReLU6 are replaced).
 
     Args:
         model: a classifier; left as it is.
-        relu6: "replace" turns each ReLU6 into a ReLU, as the paper does for MobileNetV2: channels can then be scaled
-            across it, and the output changes wherever a value was above 6.
+        relu6: "replace" turns each ReLU6 into a ReLU, as the paper does for MobileNetV2, so that channels can be scaled
+            across it; the output changes where a value was above 6.
 
     Taught in notebook 02.
     """
@@ -149,7 +145,7 @@ def fold(model: nn.Module, relu6: Relu6 = "keep") -> Folded:
     statistics = {
         name: (_clone(norm.bias, norm.running_mean, 0.0), _clone(norm.weight, norm.running_mean, 1.0).abs())
         for name, norm in network.named_modules()
-        if isinstance(norm, _BatchNorm) and norm.running_mean is not None
+        if kind_of(norm) in kinds.BATCH_NORMS and norm.running_mean is not None
     }
     for layer in layers.values():
         if layer.norm is not None:
@@ -158,7 +154,7 @@ def fold(model: nn.Module, relu6: Relu6 = "keep") -> Folded:
 
 
 def merge(model: nn.Module) -> fx.GraphModule:
-    """A copy of a network without the BatchNorm layers that ``fold`` folds: their layers have their biases instead.
+    """A copy of a network without the BatchNorm layers that ``fold`` folds; their biases are in the layers before.
 
     Raises:
         InputError: the network cannot be traced.
@@ -203,12 +199,11 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 
 def rebuild(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
-    """The architecture that ``changes`` made of ``model``'s: what a file has to say beside the model's name.
+    """Apply a recipe's changes of the architecture to a copy of ``model``; without changes return the model itself.
 
     Args:
         model: left as it is.
-        changes: "relu6": "replace" for each ReLU6 a ReLU; "biases": names of layers that got a bias. Missing keys
-            change nothing, and without changes the model itself is returned.
+        changes: "relu6": "replace" turns each ReLU6 into a ReLU; "biases": names of layers that get a bias.
     """
     if changes.get("relu6") != "replace" and not changes.get("biases"):
         return model
@@ -231,8 +226,9 @@ def _replace_relu6(network: fx.GraphModule) -> None:
 
 
 def changes(network: nn.Module, model: nn.Module, relu6: Relu6) -> dict[str, Any]:
-    """What ``rebuild`` needs to make the architecture of ``network``, which was made of ``model``."""
-    before = {name for name, module in model.named_modules() if getattr(module, "bias", None) is not None}
-    kinds = nn.Conv2d | nn.Linear
-    now = [name for name, module in network.named_modules() if isinstance(module, kinds) and module.bias is not None]
+    """The changes with which ``rebuild`` turns the architecture of ``model`` into that of ``network``."""
+    traced, _ = graph.trace(model)  # a layer that is called as a function may leave the bias of its module unused
+    before = {name for name, module in traced.named_modules() if getattr(module, "bias", None) is not None}
+    layers = nn.Conv2d | nn.Linear
+    now = [name for name, module in network.named_modules() if isinstance(module, layers) and module.bias is not None]
     return {"relu6": relu6, "biases": [name for name in now if name not in before]}

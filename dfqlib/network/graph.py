@@ -1,7 +1,7 @@
-"""What a network computes, as a graph: which tensors exist, who reads them, which can be negative.
+"""Trace a network as a graph of operations: which tensors exist, which operations read them, which can be negative.
 
-Built on torch.fx, so that nothing about an architecture is assumed: ``nn.ReLU`` or ``F.relu``, ``+`` or
-``torch.add``. A submodule that fx cannot follow (control flow on values, for example) stays one opaque node.
+Built on torch.fx, so that ``nn.ReLU`` and ``F.relu``, ``+`` and ``torch.add`` are all understood. A submodule that fx
+cannot trace, for example one with control flow on values, is one opaque node.
 
 Taught in notebook 07.
 """
@@ -23,11 +23,12 @@ from dfqlib.network.plain import plain
 from dfqlib.network.rewriting import make_layers, unused, use_positions, write_out_of_place
 
 __all__ = [
-    "Interpreter",
+    "Run",
     "is_non_negative",
     "module_of",
     "non_negative",
     "operation",
+    "shared_copy",
     "stored_tensor",
     "trace",
     "unused",
@@ -35,11 +36,11 @@ __all__ = [
 ]
 
 _NEVER_BELOW_ZERO = ("nearest", "nearest-exact", "linear", "bilinear", "area")
-"""Ways of resizing that average; bicubic ones overshoot."""
+"""Interpolation modes that average; bicubic ones overshoot."""
 
 
 class _Tracer(fx.Tracer):
-    """Follows user-written modules as far as it can; the rest become leaves, listed in ``opaque``."""
+    """Traces user-written modules; those that cannot be traced become leaves, listed in ``opaque``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class _Tracer(fx.Tracer):
         return isinstance(m, Unstrided) or torchs or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """A network is called with images alone: whatever else its forward takes has its default."""
+        """A network is called with images alone; other parameters of its forward have their defaults."""
         names = list(inspect.signature(root_fn).parameters)[1:]
         images = self.create_proxy("placeholder", names[0] if names and names[0].isidentifier() else "x", (), {})
         return root_fn, [self.root, images]
@@ -77,7 +78,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Whole(nn.Module):
-    """Calls a network as one submodule, so that even a network fx cannot enter becomes a node."""
+    """Calls a network as one submodule, so that a network that fx cannot trace becomes one node."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -88,14 +89,10 @@ class _Whole(nn.Module):
 
 
 def trace(model: nn.Module) -> tuple[fx.GraphModule, list[str]]:
-    """A deep copy of ``model`` as a graph in eval mode, and the names of submodules that could not be followed.
+    """A deep copy of ``model`` as a graph in eval mode, and the names of its opaque submodules.
 
-    In-place activations are written out of place, with later readers of the overwritten tensor redirected, so that
-    each node's value is what its readers see. Module names stay those of the model; a network that cannot be
-    followed at all is the single submodule "network".
-
-    Args:
-        model: a network called with one tensor.
+    In-place operations become out-of-place ones, so that each node's value is what its readers see. Module names stay
+    those of the model; a network that cannot be traced at all is the single submodule "network".
     """
     copied = plain(model).eval()
     try:
@@ -117,19 +114,27 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-class Interpreter(fx.Interpreter):
-    """Runs a graph node by node; an error names the node and the shape of the images."""
+class Run(fx.Interpreter):
+    """One run of a graph on images of zeros; an error names the node and the shape of the images.
 
-    def run_on(self, images: Tensor) -> None:
-        """Run it on images (N, C, H, W) without gradients."""
+    Attributes:
+        shapes: shape of each node's tensor.
+        sizes: value of each node that is an integer or several, such as a shape.
+    """
+
+    def __init__(self, network: fx.GraphModule, batch: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(network)
         self.extra_traceback = False  # it would add lines to the message of an error
-        self.image_shape = tuple(images.shape[1:])
+        self.image_shape = tuple(image_shape)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.sizes: dict[str, Any] = {}
+        place = next(network.parameters(), torch.empty(0)).device
         with torch.no_grad():
-            self.run(images)
+            self.run(torch.zeros(batch, *image_shape, device=place))
 
     def run_node(self, n: fx.Node) -> Any:
         try:
-            return super().run_node(n)
+            value = super().run_node(n)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -137,30 +142,17 @@ class Interpreter(fx.Interpreter):
                 f"{n.name} cannot take images of image_shape={self.image_shape} ({str(error).splitlines()[0]}); "
                 "give the shape the network was made for"
             ) from error
-
-
-class _Values(Interpreter):
-    """What each node is that is no tensor."""
-
-    def of(self, images: Tensor) -> dict[str, Any]:
-        self.found: dict[str, Any] = {}
-        self.run_on(images)
-        return self.found
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.op not in ("placeholder", "output") and all(isinstance(each, int) for each in pytree.tree_leaves(value)):
-            self.found[n.name] = tuple(value) if isinstance(value, torch.Size) else value
+        if isinstance(value, Tensor) and n.op != "output":
+            self.shapes[n.name] = tuple(value.shape)
+        elif n.op != "output" and all(isinstance(each, int) for each in pytree.tree_leaves(value)):
+            self.sizes[n.name] = tuple(value) if isinstance(value, torch.Size) else value
         return value
 
 
 def with_fixed_sizes(network: fx.GraphModule, image_shape: tuple[int, int, int]) -> fx.GraphModule:
-    """The same graph with numbers for sizes, where they do not depend on the batch; modules are shared, names stay."""
-    place = next(network.parameters(), torch.empty(0)).device
-    two, three = (_Values(network).of(torch.zeros(batch, *image_shape, device=place)) for batch in (2, 3))
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(network.graph, {}))
-    result = fx.GraphModule(network, copied, type(network).__name__)
+    """The same graph with constants for sizes that do not depend on the batch; modules are shared, names stay."""
+    two, three = (Run(network, batch, image_shape).sizes for batch in (2, 3))
+    result = shared_copy(network)
     for node in reversed(list(result.graph.nodes)):
         if node.name in two and two[node.name] == three[node.name]:
             value = two[node.name]
@@ -168,9 +160,17 @@ def with_fixed_sizes(network: fx.GraphModule, image_shape: tuple[int, int, int])
                 user.args = _replaced(user.args, node, value)
                 user.kwargs = _replaced(user.kwargs, node, value)
             result.graph.erase_node(node)
-    result.meta.update(network.meta)
     result.recompile()
     return result.train(network.training)
+
+
+def shared_copy(network: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph that shares the modules of ``network``; node names stay."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(network.graph, {}))
+    result = fx.GraphModule(network, copied, type(network).__name__)
+    result.meta.update(network.meta)
+    return result
 
 
 def _replaced(arguments: Any, node: fx.Node, value: Any) -> Any:
@@ -178,7 +178,7 @@ def _replaced(arguments: Any, node: fx.Node, value: Any) -> Any:
 
 
 def operation(node: fx.Node) -> Any:
-    """What a node does: the module's class, the function, or the method's name; None for inputs and constants."""
+    """The operation of a node: a module's class, a function or a method's name; None for inputs and constants."""
     if node.op == "call_module":
         return kind_of(module_of(node))
     return node.target if node.op in ("call_function", "call_method") else None
@@ -192,7 +192,7 @@ def module_of(node: fx.Node) -> nn.Module:
 
 
 def stored_tensor(node: fx.Node) -> fx.Node:
-    """The node that made the tensor in memory that ``node`` shows: reshapes and dropout in eval make no new one."""
+    """The node that made the tensor of which ``node`` is a view (dropout in eval mode counts as one)."""
     while operation(node) in kinds.VIEWS:
         node = node.all_input_nodes[0]
     return node
@@ -204,10 +204,7 @@ def is_non_negative(node: fx.Node) -> bool:
 
 
 def non_negative(nodes: fx.Graph) -> set[fx.Node]:
-    """The tensors of a graph without negative elements, by its structure: after a ReLU, pooled or summed of such.
-
-    One pass over a graph as ``trace`` made it, before anything is inserted.
-    """
+    """The tensors of a traced graph that its structure keeps from being negative, such as sums of ReLUs."""
     found: set[fx.Node] = set()
     for node in nodes.nodes:
         if _is_non_negative(node, found):
@@ -256,7 +253,7 @@ def _at_least_zero(value: Any) -> bool:
 
 
 def _lower_bound(node: fx.Node) -> float:
-    """The least that a clamp lets through; -inf where that is no number."""
+    """The lower bound of a clamp; -inf where that is no number."""
     if node.op == "call_module":
         low: Any = getattr(module_of(node), "min_val", None)
     else:

@@ -1,4 +1,4 @@
-"""Running a classifier: its logits, in eval mode, with a clear error where the images do not fit."""
+"""Run a classifier in eval mode, with a clear error where the images do not fit."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,13 +42,12 @@ def as_images(data: Tensor | Batches, argument: str = "images") -> Tensor:
     """
     if isinstance(data, Tensor):
         found = data
-    elif isinstance(data, Iterable) and not isinstance(data, str):
-        parts = [batch[0] if isinstance(batch, tuple | list) else batch for batch in data]
+    else:
+        batches = data if isinstance(data, Iterable) and not isinstance(data, str) else ()
+        parts = [batch[0] if isinstance(batch, tuple | list) else batch for batch in batches]
         if not parts or not all(isinstance(part, Tensor) for part in parts):
             raise InputError(f"{argument}={_said(data)} must be images (N, C, H, W), or a loader of (images, labels)")
         found = torch.cat(parts)
-    else:
-        raise InputError(f"{argument}={_said(data)} must be images (N, C, H, W), or a loader of (images, labels)")
     if found.ndim != 4:
         raise InputError(f"{argument}={_said(found)} must be images (N, C, H, W)")
     return found

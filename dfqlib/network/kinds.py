@@ -1,6 +1,6 @@
-"""One set of operation kinds: what the nodes of a traced graph can be, by what they do to their tensors.
+"""Kinds of operations in a traced graph, by their effect on tensors.
 
-A kind is a module's class (of torch.nn, also where the module is a plain subclass), a function, or a method's name.
+An operation is a module's class (torch's own for a plain subclass), a function, or a method's name.
 """
 
 import operator
@@ -21,7 +21,7 @@ CLAMPS: Kinds = {torch.clamp, torch.clip, "clamp", "clip", F.hardtanh, nn.Hardta
 POSITIVE: Kinds = {nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus, F.sigmoid, F.hardsigmoid}
 POSITIVE |= {F.softmax, F.softplus, torch.sigmoid, torch.softmax, torch.abs, torch.exp, torch.square, torch.sqrt}
 POSITIVE |= {"sigmoid", "softmax", "abs", "exp", "square", "sqrt"}
-"""Functions without negative values, whatever they are given."""
+"""Functions without negative values."""
 ELEMENTWISE: Kinds = {nn.SiLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU}
 ELEMENTWISE |= {nn.Mish, nn.Softplus, nn.SELU, nn.CELU, nn.Hardtanh, F.silu, F.hardswish, F.gelu, F.hardsigmoid}
 ELEMENTWISE |= {F.leaky_relu, F.elu, F.mish, F.softplus, F.sigmoid, F.tanh, F.selu, F.celu, F.hardtanh, torch.sigmoid}
@@ -41,7 +41,7 @@ STACKS: Kinds = CATS | {torch.stack}
 MAXIMA: Kinds = {torch.maximum, "maximum"}
 MINIMA: Kinds = {torch.minimum, "minimum"}
 
-# Pooling and moving
+# Pooling and rearranging
 MEANS: Kinds = {torch.mean, "mean"}
 ADAPTIVE: Kinds = {nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d}
 AVERAGES: Kinds = {nn.AvgPool2d, F.avg_pool2d, *ADAPTIVE, *MEANS}
@@ -53,7 +53,7 @@ NOTHING: Kinds = {nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, F.drop
 NOTHING_BY_NAME = {"stochastic_depth"}
 """Functions of other packages that change nothing in eval mode."""
 VIEWS = FLATTENS | NOTHING | {"squeeze", "unsqueeze", torch.squeeze, torch.unsqueeze}
-"""Operations that show the tensor in memory otherwise, and make no new one."""
+"""Operations that return the same tensor in memory, perhaps in another shape."""
 RESIZES: Kinds = {nn.Upsample, F.interpolate}
 PADS: Kinds = {F.pad}
 PAD_MODULES: Kinds = {nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d}
@@ -61,17 +61,20 @@ SELECTIONS = AVERAGES | MAX_POOLS | ADAPTIVE_MAX_POOLS | RESIZES | PADS | PAD_MO
 SELECTIONS |= {nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, operator.getitem, torch.transpose, "transpose"}
 SELECTIONS |= {torch.permute, "permute", torch.chunk, "chunk", torch.split, "split", "repeat", "expand", torch.roll}
 SELECTIONS |= {"roll", torch.flip, "flip", torch.sum, "sum", torch.amax, "amax"}
-"""Operations that choose among the numbers of one tensor, or average or sum them."""
-MOVES = VIEWS | MAX_POOLS | PADS | {operator.getitem}
-"""Operations that move codes, or choose among them, and leave each as it is."""
-KEEPS = MOVES | RELUS | CATS
-"""Operations that commute with quantization: what they read can be stored on the grid of what they make."""
+"""Operations that select, average or sum the elements of one tensor."""
+REARRANGEMENTS = VIEWS | MAX_POOLS | PADS | {operator.getitem}
+"""Operations that rearrange or select elements without changing them."""
+COMMUTING = REARRANGEMENTS | RELUS | CATS
+"""Operations that commute with quantization: their input can be quantized with the scale of their output."""
 
-# What a tensor says of itself
+# Attributes of tensors
 SIZES: Kinds = {"size", "dim"}
 SIZE_ATTRIBUTES = {"shape", "ndim", "device", "dtype"}
 """Other attributes, such as ``x.mT``, are tensors."""
 
-# Layers called as functions
+# Layers
+LAYERS: Kinds = {nn.Conv2d, nn.Linear}
+BATCH_NORMS: Kinds = {nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm}
+"""Those that are what their weights and statistics say; a subclass with a forward of its own is neither."""
 CONVOLUTIONS: Kinds = {F.conv2d, torch.conv2d}
 LINEARS: Kinds = {F.linear}

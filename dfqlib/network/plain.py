@@ -1,8 +1,7 @@
-"""A copy of somebody's model in which a layer is what its weight and geometry say, or one line that says why not.
+"""Copy a model so that each layer is exactly its weight, bias and geometry, or refuse it in one line.
 
-Whatever rewrites layers (folding, quantizing, export) takes them for a weight, a bias and a geometry. Models of the
-wild also have wrappers, weights that a hook or a parametrization computes, weights that two layers share, and hooks.
-What can be made plain exactly is made plain on the copy; the rest is refused by name, before any work.
+Folding, quantization and export rewrite layers. Wrappers, weights that a hook or a parametrization computes, and shared
+weights are made plain on the copy; hooks and what torch.fx cannot represent are refused by name, before any work.
 """
 
 import copy
@@ -11,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.optim.swa_utils import AveragedModel
 
@@ -20,11 +20,14 @@ from dfqlib.errors import InputError
 __all__ = ["plain", "unwrapped"]
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+_TAKEN = {name for name in dir(fx.GraphModule) if not hasattr(nn.Module, name)} | {"meta"}
+LARGEST_VARIANCE = 1e12
+"""Of BatchNorm statistics: losses square them, and beyond 1e19 the square overflows float32."""
 _REMOVERS = {"WeightNorm": remove_weight_norm, "SpectralNorm": remove_spectral_norm}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside DataParallel, AveragedModel and what ``torch.compile`` returned."""
+    """The network inside DataParallel, AveragedModel or ``torch.compile``."""
     while not isinstance(model, torch.jit.ScriptModule):
         inner = model._modules.get("_orig_mod") or (model.module if isinstance(model, _WRAPPERS) else None)
         if not isinstance(inner, nn.Module):
@@ -54,22 +57,21 @@ def plain(model: nn.Module) -> nn.Module:
             )
         if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             raise InputError(f'model: "{name}" has no weights yet (a lazy layer); run the model on an image first')
-        if "forward" in vars(module) and not isinstance(module, torch.fx.GraphModule):
+        if "forward" in vars(module) and not isinstance(module, fx.GraphModule):
             what = f'of "{name}" ' if name else ""
             raise InputError(f"model: the forward {what}was replaced on the object; write a class with that forward")
-        words = [part for part in name.split(".") if keyword.iskeyword(part)]
-        if words:
-            raise InputError(f'model: its layer "{name}" is called like a word of Python, {words[0]}; rename it')
+        _refuse_names(name, module)
     copied = _copied(model)
     for name, module in copied.named_modules():
         _compute_weights_once(module)
         _refuse_hooks(name, module)
+        _refuse_tensors(name, module)
     _share_nothing(copied)
     return copied
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors that some call has left behind with its graph are copied without it."""
+    """A deep copy; tensors that a forward pass stored are copied without their autograd graph."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in _tensors(
@@ -132,8 +134,33 @@ def _refuse_hooks(name: str, module: nn.Module) -> None:
             )
 
 
+def _refuse_names(name: str, module: nn.Module) -> None:
+    """torch.fx writes names into Python code, and gives the network attributes of its own."""
+    own = [*module._modules, *module._parameters, *module._buffers]
+    for each in own:
+        if keyword.iskeyword(each) or any(sign in each for sign in '"\\\n') or (not name and each in _TAKEN):
+            where = f"{name}.{each}" if name else each
+            raise InputError(
+                f"model: the name {where!r} cannot stand in the Python code that torch.fx writes; rename it"
+            )
+
+
+def _refuse_tensors(name: str, module: nn.Module) -> None:
+    """Statistics that no training leaves, and weights that images have no use for."""
+    variance = module._buffers.get("running_var")
+    if isinstance(module, _BatchNorm) and variance is not None:
+        for channel in ((variance + module.eps <= 0) | (variance > LARGEST_VARIANCE)).nonzero().flatten().tolist():
+            value = float(variance[channel])
+            raise InputError(
+                f'model: "{name}" has the running variance {value:.3g} in channel {channel}; load a sound checkpoint'
+            )
+    for each, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim > 4:
+            raise InputError(f'model: "{name}.{each}" has {parameter.ndim} dimensions; images need at most 4 (Conv2d)')
+
+
 def _share_nothing(model: nn.Module) -> None:
-    """Give each module parameters and buffers of its own: rewriting one layer must not change another."""
+    """Give each module its own parameters and buffers: rewriting one layer must not change another."""
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module._parameters.items():

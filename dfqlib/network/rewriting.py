@@ -1,7 +1,4 @@
-"""What a traced graph is rewritten to, so that whoever reads it meets one form of everything.
-
-Tensors come by position, layers are modules, nothing is overwritten.
-"""
+"""Normalize a traced graph: tensors are positional arguments, layers are modules, no operation is in place."""
 
 import inspect
 import operator
@@ -28,11 +25,11 @@ _NAMES: dict[Any, tuple[str, ...]] = dict.fromkeys(
 )
 _NAMES |= dict.fromkeys(kinds.LINEARS, ("input", "weight", "bias"))
 _NAMES |= dict.fromkeys(kinds.CATS, ("tensors", "dim"))
-"""Parameters of functions that Python cannot say them of."""
+"""Parameters of functions that have no Python signature."""
 
 
 def use_positions(root: nn.Module, nodes: fx.Graph) -> None:
-    """Tensors given by keyword become positional arguments, so that whoever reads the graph finds them in one place."""
+    """Make tensors that are given by keyword positional arguments."""
     for node in nodes.nodes:
         if not any(isinstance(value, fx.Node) or name == "other" for name, value in node.kwargs.items()):
             continue
@@ -55,10 +52,10 @@ def use_positions(root: nn.Module, nodes: fx.Graph) -> None:
 
 
 def make_layers(root: nn.Module, nodes: fx.Graph) -> None:
-    """Convolutions and products that are called as functions, with weights of the network's, become layers.
+    """Make layers of convolutions and matrix products that are called as functions with the network's own weights.
 
-    The layer takes the place of the module that has the weight where that is a convolution or linear layer with a
-    forward of its own; else it is a new submodule.
+    The layer replaces the module that owns the weight, where that is a convolution or linear layer whose weight nothing
+    else reads; otherwise it is a new submodule.
     """
     for node in list(nodes.nodes):
         is_product = node.op == "call_function" and node.target in (operator.matmul, torch.matmul)
@@ -119,7 +116,7 @@ def _place_of(root: nn.Module, nodes: fx.Graph, node: fx.Node, weight: Any, kind
 
 
 def _reads(node: Any) -> set[fx.Node]:
-    """The network's tensors that a constant is made of."""
+    """The parameters and buffers from which a constant is computed."""
     if not isinstance(node, fx.Node):
         return set()
     if node.op == "get_attr":
@@ -128,7 +125,7 @@ def _reads(node: Any) -> set[fx.Node]:
 
 
 def _final_readers(node: fx.Node) -> set[fx.Node]:
-    """Who reads what is made of a constant and of no image."""
+    """The nodes that read a constant, directly or through other constants, and are none themselves."""
     found: set[fx.Node] = set()
     for user in node.users:
         found |= _final_readers(user) if _is_constant(user) else {user}
@@ -143,7 +140,7 @@ def _is_constant(node: fx.Node) -> bool:
 
 @torch.no_grad()
 def _constant(root: nn.Module, node: Any) -> Tensor | None:
-    """The value of what is made of the network's own tensors alone; None for anything else."""
+    """The value of a node that depends on parameters and buffers only; None for any other."""
     if not isinstance(node, fx.Node) or not _is_constant(node):
         return None
     if node.op == "get_attr":
@@ -157,14 +154,14 @@ def _constant(root: nn.Module, node: Any) -> Tensor | None:
 
 
 def unused(root: nn.Module, name: str) -> str:
-    """``name``, or one like it that nothing in the network bears."""
+    """``name``, with underscores appended until it is free in ``root``."""
     while hasattr(root, name):
         name += "_"
     return name
 
 
 def write_out_of_place(traced: fx.GraphModule) -> None:
-    """Nothing is overwritten: who reads an overwritten tensor later reads what it was overwritten with."""
+    """Replace in-place operations; later readers of the overwritten tensor read the result."""
     modules = {node: traced.get_submodule(str(node.target)) for node in traced.graph.nodes if node.op == "call_module"}
     overwriting = {node for node, module in modules.items() if getattr(module, "inplace", False)}
     for node in overwriting:
@@ -173,7 +170,7 @@ def write_out_of_place(traced: fx.GraphModule) -> None:
     for given in list(traced.graph.nodes):
         node, target = given, _out_of_place(given)
         in_place = node in overwriting or target is not None or bool(node.kwargs.get("inplace"))
-        if target is not None:  # a new node, which is called after what it does now
+        if target is not None:  # a new node, so that its name is that of the new operation
             with traced.graph.inserting_after(given):
                 node = traced.graph.create_node(given.op, target, given.args, given.kwargs)
             given.replace_all_uses_with(node)
@@ -188,7 +185,7 @@ def write_out_of_place(traced: fx.GraphModule) -> None:
 
 
 def _out_of_place(node: fx.Node) -> Any:
-    """What an operation that overwrites its tensor is otherwise, such as ``relu`` for ``relu_``; None for others."""
+    """The out-of-place form of an in-place operation, such as ``relu`` for ``relu_``; None for others."""
     if node.op == "call_method":
         name = str(node.target)
         plain_name = name.removesuffix("_")

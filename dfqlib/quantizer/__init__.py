@@ -1,7 +1,7 @@
-"""Fake quantization: what n bits do to a tensor, and how a network learns with it.
+"""Fake quantization: rounding tensors to n bits in a network that can still be trained.
 
-Two quantizers cover the literature: a *step* quantizer with a fixed or learned step (DFQF Eq. 10, its gradient LSQ
-Eq. 3), the form that integer hardware executes, and an *affine* one between a lower and an upper bound (GDFQ Eq. 6).
+Two quantizers cover the literature: a *step* quantizer with a fixed or learned step size (DFQF Eq. 10, its gradient
+LSQ Eq. 3), as integer hardware executes it, and an *affine* one between a lower and an upper bound (GDFQ Eq. 6).
 ``quantize_layers`` puts them into a network, ``calibrate`` sets their ranges from images.
 
 Taught in notebooks 02 and 07.

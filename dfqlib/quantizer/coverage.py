@@ -1,4 +1,4 @@
-"""How much of a network's work is quantized, and what is not.
+"""Count the multiply-accumulates that are quantized, and those that are not.
 
 Taught in notebook 11.
 """
@@ -19,7 +19,7 @@ class Coverage:
 
     Attributes:
         total: of the network.
-        floating: those left in floating point, by the module that does them, the largest share first.
+        floating: those in floating point by module, the largest share first.
     """
 
     total: int
@@ -27,7 +27,7 @@ class Coverage:
 
     @property
     def floating_share(self) -> float:
-        """What is left in floating point, in percent."""
+        """Share in floating point, in percent."""
         return 100 * sum(self.floating.values()) / max(self.total, 1)
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class Coverage:
 
 @torch.no_grad()
 def coverage(network: nn.Module, image_shape: tuple[int, int, int]) -> Coverage:
-    """Count the multiply-accumulates of a fake-quantized network, whatever does them: layers, functions, attention.
+    """Count the multiply-accumulates of a fake-quantized network: in layers, functions and attention.
 
     Args:
         network: what ``quantize_layers`` made; runs once on an image of zeros.
@@ -51,7 +51,7 @@ def coverage(network: nn.Module, image_shape: tuple[int, int, int]) -> Coverage:
     """
     place = next(network.parameters(), torch.empty(0)).device
     fast_attention = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one kernel for a whole block, which nobody could count
+    torch.backends.mha.set_fastpath_enabled(False)  # its one kernel for a whole block is not counted
     try:
         with FlopCounterMode(display=False) as counter:
             network(torch.zeros(1, *image_shape, device=place))
@@ -69,7 +69,7 @@ def coverage(network: nn.Module, image_shape: tuple[int, int, int]) -> Coverage:
 
 
 def _own(counted: dict[str, int], quantized: set[str]) -> dict[str, int]:
-    """What each module that is not quantized does itself, and none of its parts."""
+    """Multiply-accumulates of each module that is not quantized, without those of its submodules."""
     own = {}
     for name, macs in counted.items():
         if name not in quantized:

@@ -1,4 +1,4 @@
-"""Fake quantization as functions: what n bits do to a tensor, and the gradient that passes through them.
+"""Fake quantization as functions, with their gradients.
 
 Taught in notebook 02.
 """
@@ -25,8 +25,13 @@ def _just_beyond(bound: int, dtype: torch.dtype) -> float:
     return bound + math.copysign(ulp, bound)
 
 
+def plain_fake_quantize(x: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
+    """``fake_quantize`` in autograd's own operations: the same values and gradients, in more passes and memory."""
+    return _round((x / step).clamp(qmin, qmax)) * step
+
+
 class _FakeQuantize(torch.autograd.Function):
-    """A few vectorized passes in one node, instead of autograd's chain of five with its intermediate tensors."""
+    """``plain_fake_quantize`` as one node with a few vectorized passes; a test holds the two equal."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -51,23 +56,23 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, step: Tensor | float, qmin: int, qmax: int) -> Tensor:
-    """Round to a grid of integer codes and back: ``clamp(round(x / step), qmin, qmax) * step`` (DFQF Eq. 10).
+    """Round to integer values and back: ``clamp(round(x / step), qmin, qmax) * step`` (DFQF Eq. 10).
 
-    Rounding passes gradients straight through (ties go to even). The gradient of the step is LSQ Eq. 3 (Esser et al.,
-    ICLR 2020): ``round(x / step) - x / step`` inside the range, the code that x is clamped to outside. That of x is 1
-    where ``x / step`` is within the range and 0 outside, so it is cut before x is rounded, as in the released code.
+    Rounding passes gradients straight through (ties go to even). The gradient of the step size is LSQ Eq. 3 (Esser et
+    al., ICLR 2020): ``round(x / step) - x / step`` inside the range, the bound that x is clamped to outside. That of x
+    is 1 where ``x / step`` is within the range and 0 outside: as in the released code, it is cut before rounding.
 
     Args:
         x: any shape.
-        step: positive; a scalar, or a tensor that broadcasts against x, such as (channels, 1, 1, 1).
-        qmin: smallest code, 0 or negative.
-        qmax: largest code.
+        step: step size, positive; a scalar, or a tensor that broadcasts against x, such as (channels, 1, 1, 1).
+        qmin: smallest integer value, 0 or negative.
+        qmax: largest integer value.
 
     Returns:
         Tensor shaped like x, differentiable in x and step.
 
     Raises:
-        InputError: a step given as a number is not positive, or qmin is not below qmax.
+        InputError: a step size given as a number is not positive, or qmin is not below qmax.
 
     Taught in notebook 02.
     """
@@ -89,13 +94,13 @@ def affine_quantize(x: Tensor, low: Tensor | float, high: Tensor | float, bits: 
     """Quantize between two bounds to 2^bits evenly spaced values (GDFQ Eq. 6).
 
     With scale ``(2^k - 1) / (high - low)`` and the integer zero point ``round(scale * low) + 2^(k-1)`` of the
-    released code, codes are ``clamp(round(scale * x - zero_point), -2^(k-1), 2^(k-1) - 1)``.
+    released code, integer values are ``clamp(round(scale * x - zero_point), -2^(k-1), 2^(k-1) - 1)``.
 
     Args:
         x: any shape.
         low: lower bound, a scalar or one per output channel, shape (x.shape[0],).
         high: upper bound, likewise.
-        bits: width k.
+        bits: bit width k.
 
     Returns:
         Tensor shaped like x, differentiable in x and in bounds that are tensors; rounding passes straight through.
@@ -110,5 +115,5 @@ def affine_quantize(x: Tensor, low: Tensor | float, high: Tensor | float, bits: 
     low, high = (per_channel(torch.as_tensor(b, dtype=x.dtype, device=x.device), x) for b in (low, high))
     scale = (2**bits - 1) / (high - low).clamp(min=1e-8)
     zero_point = _round(scale * low) + 2 ** (bits - 1)
-    codes = _round(scale * x - zero_point).clamp(*integer_range(bits, signed=True))
-    return (codes + zero_point) / scale
+    integers = _round(scale * x - zero_point).clamp(*integer_range(bits, signed=True))
+    return (integers + zero_point) / scale

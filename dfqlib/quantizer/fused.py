@@ -1,9 +1,9 @@
-"""A network in fewer passes, for training: the same function, the same parameters, fewer tensors on the way.
+"""Faster training of the same function with the same parameters, in fewer passes over memory.
 
-* BatchNorm with fixed statistics is a factor and a bias of each channel. The factor goes into the weights *after* they
-  are quantized, so that codes and steps stay what they are, and the feature maps are passed over once less each way.
-* A ReLU before an unsigned quantizer does what the quantizer does anyway: its smallest code is 0.
-* Where PyTorch finds a compiler, the whole network in kernels compiled for it.
+* BatchNorm with fixed statistics is a factor and a bias per channel. The factor multiplies the weights *after* they are
+  quantized, so that integer values and step sizes do not change.
+* A ReLU before an unsigned quantizer is redundant: the quantizer's smallest value is 0.
+* Where PyTorch finds a compiler, ``compiled`` compiles the whole network.
 
 Taught in notebook 07.
 """
@@ -40,20 +40,18 @@ class _Merged(nn.Module):
 
 
 def fused(network: nn.Module) -> fx.GraphModule:
-    """The network in fewer passes, equal to rounding in values and gradients; train either and both have learned.
+    """The network in fewer passes, equal to rounding in values and gradients, with the same parameters.
 
-    Hooks on the merged layers are not called: where features or statistics of BatchNorm are watched, take ``network``.
+    Hooks on the merged layers are not called; use ``network`` where features or BatchNorm statistics are recorded.
 
     Args:
-        network: a graph, such as ``quantize_layers`` makes, in eval mode and calibrated; or any network, of which a
-            copy is made. BatchNorm layers in training mode stay as they are.
+        network: a graph, such as ``quantize_layers`` makes, in eval mode and calibrated; any other network is copied.
+            BatchNorm layers in training mode stay as they are.
 
     Taught in notebook 07.
     """
     source = network if isinstance(network, fx.GraphModule) else graph.trace(network)[0]
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(source.graph, {}))
-    result = fx.GraphModule(source, copied)  # its modules are those of the source
+    result = graph.shared_copy(source)
     for layer in folding.find_layers(result).values():
         if layer.norm is not None and not layer.norm.training:
             result.set_submodule(layer.name, _Merged(layer.module, layer.norm))
@@ -77,19 +75,17 @@ def _leave_out_relu(node: fx.Node) -> None:
 
 
 def compiled(network: nn.Module, images: Tensor) -> nn.Module:
-    """The same function on the same parameters, forward and backward, in kernels made for it; fine-tuning only.
+    """The same function with the same parameters, compiled forward and backward; for fine-tuning only.
 
-    What lies between two convolutions becomes one pass over memory: the sum with the shortcut, the fake quantizer, the
-    factors of its gradients. Weights and their BatchNorm factors are quantized likewise, without Python in between.
-    The kernels compute in float32 whatever the tensors' type, so that in bfloat16 they round once where PyTorch's own
-    round after each operation; in float32 they differ in the order of sums.
+    All operations between two convolutions become one pass over memory. The kernels compute in float32, so that in
+    bfloat16 they round once where PyTorch rounds after each operation; in float32 only the order of sums differs.
 
-    Compiles at once, in the autocast at hand (ResNet-20: some 20 s on two cores, 5 s from the compiler's cache in later
-    processes), and warns and returns ``network`` itself where that fails.
+    Compiles at once, in the current autocast (ResNet-20: some 20 s on two cores, 5 s from the compiler's cache in later
+    processes). Where that fails it warns and returns ``network`` itself.
 
     Args:
         network: in eval mode and without hooks, such as ``fused`` makes; some parameters are trained.
-        images: (batch, channels, height, width) as it will be called with; other shapes compile anew.
+        images: (batch, channels, height, width), as in later calls; other shapes are compiled again.
 
     Taught in notebook 07.
     """

@@ -1,4 +1,4 @@
-"""Quantizers in a network: one for each weight, and one for each tensor that feeds a layer, whatever made it.
+"""Insert quantizers into a network: one for each weight, and one for each tensor that a layer reads.
 
 Taught in notebook 07.
 """
@@ -39,17 +39,16 @@ _QUANTIZED: dict[Any, type[nn.Module]] = {nn.Conv2d: QuantConv2d, nn.Linear: Qua
 
 
 def quantize_layers(model: nn.Module, spec: QuantSpec) -> fx.GraphModule:
-    """A copy of ``model`` in which every conv and linear layer, and every tensor that feeds one, has a quantizer.
+    """A copy of ``model`` in which every conv and linear layer, and every tensor that one reads, has a quantizer.
 
-    One tensor, one quantizer: it is inserted where the tensor is made (whatever made it) and all readers see its
-    output, the skip connection included, unless ``spec.skip`` is "float". The quantizers hand values through until
-    ``calibrate`` has set their ranges. Layers inside a submodule that cannot be traced get a quantizer at their own
-    input (signed, since the structure is unknown); whatever has weights and stays in floating point is listed in
-    ``network.meta["unquantized"]``, and ``network.meta["spec"]`` is the spec.
+    Each such tensor has one quantizer, whose output all operations read, the skip connection included unless
+    ``spec.skip`` is "float". Quantizers pass values through unchanged until ``calibrate`` sets their ranges. Layers
+    inside a submodule that cannot be traced get a signed quantizer at their own input. ``network.meta["unquantized"]``
+    lists the modules with weights that stay in floating point, and ``network.meta["spec"]`` is the spec.
 
     Args:
         model: a classifier called with one tensor of shape (batch, channels, height, width); left as it is.
-        spec: widths and scheme.
+        spec: bit widths and scheme.
 
     Raises:
         InputError: the model has no Conv2d or Linear layer, or none of a name in ``spec.layers``.
@@ -83,7 +82,7 @@ def _runs_layers(node: fx.Node, opaque: list[str]) -> bool:
 
 
 def _layers_of(network: nn.Module, node: fx.Node) -> list[str]:
-    """The layer that a node calls, or those inside the opaque block that it calls, in the order they are defined."""
+    """The layer that a node calls, or those inside the opaque block that it calls, in order of definition."""
     name = str(node.target)
     return [name] if graph.operation(node) in _QUANTIZED else _layers_inside(network, name)
 
@@ -114,7 +113,7 @@ def _activation_quantizer(bits: int, signed: bool, spec: QuantSpec) -> Quantizer
 def _insert_activation_quantizers(
     network: fx.GraphModule, calls: list[fx.Node], opaque: set[str], edges: set[str], spec: QuantSpec
 ) -> None:
-    """Decide everything on the graph as it was traced, then insert."""
+    """Decide on signs and bit widths before the first insertion changes the graph."""
     readers: dict[fx.Node, list[fx.Node]] = {}
     for call in calls:
         source = call.args[0]
@@ -153,21 +152,21 @@ def _quantize_input(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _unquantized(network: nn.Module) -> list[str]:
-    """Modules that multiply by a weight of their own (a matrix or more) and have no quantizer, and such functions."""
+    """Modules that own a matrix or a tensor of more dimensions and have no quantizer."""
     return [
-        name
+        name or type(network).__name__
         for name, module in network.named_modules()
         if not hasattr(module, "weight_quantizer") and any(p.ndim > 1 for p in module.parameters(recurse=False))
     ]
 
 
 def quantizers(network: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """Every quantizer of a network with its name, weights ("conv1.weight_quantizer") and tensors ("quantize_relu")."""
+    """All quantizers of a network with their names, such as "conv1.weight_quantizer" and "quantize_relu"."""
     return ((name, m) for name, m in network.named_modules() if isinstance(m, StepQuantizer | AffineQuantizer))
 
 
 def set_mode(network: nn.Module, mode: Mode) -> None:
-    """Let every quantizer hand values through ("float"), set its range ("calibrate") or quantize ("quantize")."""
+    """Set all quantizers to pass values through ("float"), set their ranges ("calibrate") or quantize ("quantize")."""
     for _, quantizer in quantizers(network):
         quantizer.mode = mode
 
@@ -193,10 +192,10 @@ def calibrate(network: nn.Module, images: Tensor, method: str = "mse", lower_bou
 
 
 def check_steps(network: nn.Module) -> dict[str, float]:
-    """The step of each quantizer by name, the mean over its channels, after a look at their sign.
+    """The step size of each quantizer by name, averaged over its channels.
 
     Raises:
-        InputError: names the quantizer whose learned step has reached zero or below, or is not a number.
+        InputError: a learned step size is not positive, or NaN; names the quantizer.
     """
     steps = {}
     for name, quantizer in quantizers(network):
@@ -212,9 +211,9 @@ def check_steps(network: nn.Module) -> dict[str, float]:
 
 
 def parameter_groups(network: nn.Module, lr: float, step_lr: float) -> list[dict[str, Any]]:
-    """Optimizer groups: weights at ``lr``; steps and bounds at ``step_lr``, under SGD without momentum and decay.
+    """Optimizer groups: weights at ``lr``; step sizes and bounds at ``step_lr``, without SGD's momentum and decay.
 
-    So does DFQF's released code. Adam has moments for both groups.
+    As in DFQF's released code. Adam has moments for both groups.
     """
     ranges = {id(p) for _, quantizer in quantizers(network) for p in quantizer.parameters()}
     trained = [p for p in network.parameters() if p.requires_grad]

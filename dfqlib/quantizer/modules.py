@@ -1,4 +1,4 @@
-"""Quantizers with ranges of their own: a fixed or learned step (DFQF), or two bounds (GDFQ).
+"""Quantizer modules with a fixed or learned step size (DFQF), or two bounds (GDFQ).
 
 Taught in notebook 02.
 """
@@ -20,23 +20,23 @@ MOMENTUM = 0.9
 
 
 class StepQuantizer(nn.Module):
-    """``fake_quantize`` with a step of its own (DFQF Eq. 10).
+    """``fake_quantize`` with its own step size (DFQF Eq. 10).
 
-    In mode "float" it hands x through, in "calibrate" it also sets its step from x, in "quantize" it quantizes.
+    In mode "float" it returns x unchanged; in "calibrate" it also sets its step size from x; in "quantize" it rounds x.
 
     Args:
-        bits: width.
-        signed: whether x can be negative; unsigned codes spend all of their range on x >= 0.
-        channels: number of output channels for one step each, None for one step.
-        learned: whether the step is trained.
+        bits: bit width.
+        signed: whether x can be negative; unsigned integer values use all of their range for x >= 0.
+        channels: number of output channels for one step size each, None for one in all.
+        learned: whether the step size is trained.
 
     Taught in notebook 02.
     """
 
     def __init__(self, bits: int, *, signed: bool, channels: int | None = None, learned: bool = True) -> None:
         super().__init__()
-        self.bits, self.signed = bits, signed
-        self.qmin, self.qmax = integer_range(bits, signed)
+        self.bits = bits
+        self.set_sign(signed)
         self.step = nn.Parameter(torch.ones(channels or 1).squeeze(), requires_grad=learned)
         self.mode: Mode = "float"
         self.method, self.lower_bound = "mse", 0.0
@@ -48,9 +48,19 @@ class StepQuantizer(nn.Module):
             return x
         return fake_quantize(x, per_channel(self.step, x), self.qmin, self.qmax)
 
+    def set_sign(self, signed: bool) -> None:
+        """Use the signed or the unsigned integer range of this bit width."""
+        self.signed = signed
+        self.qmin, self.qmax = integer_range(self.bits, signed)
+
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        """Set the step to A / qmax, A being the clip threshold of ``method`` but at least ``lower_bound * max|x|``."""
+        """Set the step to A / qmax, A being the clip threshold of ``method`` but at least ``lower_bound * max|x|``.
+
+        An unsigned quantizer that meets a negative value becomes signed: what is observed overrules what was assumed.
+        """
+        if not self.signed and bool((x < 0).any()):
+            self.set_sign(True)
         per_step = x.reshape(self.step.numel(), -1)
         for row, step in zip(per_step, self.step.view(-1), strict=True):
             clip = clipping.threshold(row, self.bits, self.method, self.signed)
@@ -61,18 +71,17 @@ class StepQuantizer(nn.Module):
 
 
 class AffineQuantizer(nn.Module):
-    """``affine_quantize`` with bounds of its own (GDFQ Eq. 6).
+    """``affine_quantize`` with its own bounds (GDFQ Eq. 6).
 
-    In mode "calibrate" it quantizes too, between bounds that are the moving average of each batch's minimum and
-    maximum, with the bias of the first batches corrected once: GDFQ's released code corrects recursively and widens
-    the range thousands of times around its twentieth step. ``follow=True`` is GDFQ's weight quantizer: bounds
-    recomputed at every forward pass.
+    In mode "calibrate" it quantizes too, between moving averages of each batch's minimum and maximum. The bias of the
+    first batches is corrected once: GDFQ's released code corrects recursively, which widens the range thousands of
+    times around its twentieth iteration. ``follow=True`` is GDFQ's weight quantizer.
 
     Args:
-        bits: width.
-        channels: number of output channels for bounds of their own, None for one pair.
+        bits: bit width.
+        channels: number of output channels for one pair of bounds each, None for one pair in all.
         learned: whether the bounds are trained.
-        follow: whether the bounds are those of the x at hand.
+        follow: whether the bounds are recomputed from x at every forward pass.
 
     Taught in notebook 02.
     """
@@ -96,7 +105,7 @@ class AffineQuantizer(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        """Take x's minimum and maximum into the bounds: alone when they follow x, else into the running mean."""
+        """Set the bounds to x's minimum and maximum, or update their moving averages with them."""
         rows = x.reshape(self.low.numel(), -1)
         self.batches += 1
         weight = 1.0 if self.follow else (1 - MOMENTUM) / (1 - MOMENTUM ** int(self.batches))

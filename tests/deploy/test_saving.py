@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 
 import dfqlib
 from dfqlib.deploy.saving import load_quantized, save_quantized
 from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.models.resnet import ResNet8
-from dfqlib.quantizer import QuantSpec, calibrate, quantize_layers
+from dfqlib.network import graph
+from dfqlib.quantizer import QuantSpec, StepQuantizer, calibrate, quantize_layers, quantizers
 from dfqlib.training import channels_last
 
 SHAPE = (1, 16, 16)
@@ -28,6 +30,21 @@ def small() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
     )
+
+
+def residual() -> nn.Module:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+            self.f = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.f(self.c(self.b(x) + x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    return Residual().eval()
 
 
 def calibrated(model: nn.Module, spec: QuantSpec | None = None) -> nn.Module:
@@ -81,6 +98,44 @@ def test_every_kind_of_quantizer_round_trips(scheme: Any, granularity: Any, step
     loaded = load_quantized(save_quantized(network, tmp_path / "q.pt"), model)
     assert same_bits(loaded, network)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_signs_that_calibration_found_are_kept(tmp_path: Path) -> None:
+    model = residual()
+    network = quantize_layers(model, QuantSpec())
+    for name, quantizer in quantizers(network):
+        if isinstance(quantizer, StepQuantizer) and not name.endswith("weight_quantizer"):
+            quantizer.set_sign(False)  # as if the structure promised that no tensor is ever negative
+    calibrate(network, images())
+    assert dict(quantizers(network))["quantize_x"].signed  # type: ignore[union-attr]
+    loaded = load_quantized(save_quantized(network, tmp_path / "q.pt"), model)
+    assert same_bits(loaded, network)
+    for (name, ours), (_, theirs) in zip(quantizers(network), quantizers(loaded), strict=True):
+        assert (ours.signed, ours.qmin, ours.qmax) == (theirs.signed, theirs.qmin, theirs.qmax), name  # type: ignore[union-attr]
+
+
+def test_so_are_those_of_the_sums_that_only_an_exported_file_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = residual()
+    monkeypatch.setattr(graph, "non_negative", lambda nodes: set(nodes.nodes))
+    report = dfqlib.quantize(model, SHAPE, recipe="equalize", progress=False)
+    at_once = report.export(tmp_path / "a.onnx").read_bytes()
+    network = load_quantized(report.save(tmp_path / "q.pt"), model)
+    assert dfqlib.export_onnx(network, tmp_path / "b.onnx").read_bytes() == at_once
+    again = load_quantized(save_quantized(network, tmp_path / "q2.pt"), model)
+    assert dfqlib.export_onnx(again, tmp_path / "c.onnx").read_bytes() == at_once
+    check = dfqlib.verify_export(report, tmp_path / "a.onnx", images())
+    assert check.largest_difference == 0
+    assert check.simulation_agreement > 90
+
+
+def test_biases_that_a_recipe_gave_to_layers_called_as_functions_are_kept(tmp_path: Path) -> None:
+    model, shape = zoo.make("layers_used_for_their_weights_alone")
+    report = dfqlib.quantize(model, shape, recipe="equalize", progress=False)
+    loaded = load_quantized(report.save(tmp_path / "q.pt"), model)
+    inputs = torch.randn(4, *shape)
+    assert torch.equal(loaded(inputs), report.model(inputs))
 
 
 def test_the_file_holds_nothing_but_tensors_and_plain_values(saved: Path) -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 import dfqlib
 from dfqlib.errors import InputError
+from dfqlib.network.folding import fold
 from dfqlib.network.inference import predict
 from dfqlib.network.plain import plain, unwrapped
 
@@ -128,12 +129,54 @@ def test_one_logit_and_random_answers_are_refused_before_the_work() -> None:
     refused(network(Dropping()), "differ from call to call")
 
 
-def test_a_replaced_forward_a_lazy_layer_and_a_word_of_python_are_named() -> None:
+def test_a_replaced_forward_and_a_lazy_layer_are_named() -> None:
     replaced = network()
     replaced.forward = lambda x: x.mean((2, 3))  # type: ignore[method-assign]
     refused(replaced, "the forward was replaced")
     refused(nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten()), '"0" has no weights yet')
-    named = nn.Sequential()
-    named.add_module("lambda", nn.Conv2d(3, 4, 8))
-    named.add_module("flat", nn.Flatten())
-    refused(named, '"lambda" is called like a word of Python')
+
+
+@pytest.mark.parametrize("name", ["lambda", "class", 'a"b', "a\\b", "a\nb", "graph", "meta", "code"])
+@pytest.mark.parametrize("kind", ["layer", "parameter", "buffer"])
+def test_names_that_cannot_stand_in_the_code_of_a_graph_are_refused(name: str, kind: str) -> None:
+    model = network()
+    if kind == "layer":
+        model.add_module(name, nn.Identity())
+    elif kind == "parameter":
+        model.register_parameter(name, nn.Parameter(torch.ones(())))
+    else:
+        model.register_buffer(name, torch.ones(()))
+    refused(model, "the name .* cannot stand in the Python code that torch.fx writes; rename it")
+
+
+@pytest.mark.parametrize(("variance", "printed"), [(-0.5, "-0.5"), (1e20, r"1e\+20")])
+def test_a_running_variance_that_no_training_leaves_is_named(variance: float, printed: str) -> None:
+    model: Any = network()
+    model[1].running_var[3] = variance
+    refused(model, f'"1" has the running variance {printed} in channel 3')
+
+
+def test_a_running_variance_that_is_not_a_number_is_named() -> None:
+    model: Any = network()
+    model[1].running_var[3] = torch.nan
+    refused(model, r'"1\.running_var" holds NaN')
+
+
+@pytest.mark.parametrize("variance", [0.0, 1e10])
+def test_dead_and_loud_channels_are_folded_exactly(variance: float) -> None:
+    model: Any = network()
+    model[1].running_var[3] = variance
+    images = torch.randn(4, *SHAPE)
+    torch.testing.assert_close(predict(fold(model).network, images), predict(model, images))
+
+
+def test_weights_of_more_dimensions_than_images_have_are_refused() -> None:
+    class Volume(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.deep, self.body = nn.Conv3d(3, 3, 1), network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.deep(x[:, :, None])[:, :, 0])
+
+    refused(Volume(), '"deep.weight" has 5 dimensions')

@@ -26,6 +26,7 @@ from dfqlib.quantizer import (
     quantizers,
     set_mode,
 )
+from dfqlib.quantizer.functions import plain_fake_quantize
 
 bits_and_sign = st.tuples(st.integers(2, 8), st.booleans())
 
@@ -69,20 +70,24 @@ def test_affine_by_hand() -> None:
     assert affine_quantize(rows, *bounds, 2).tolist() == [[0.0, 0.5], [0.0, 3.0]]
 
 
-def test_gradients_equal_autograd_through_a_straight_through_rounding() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("qmin", "qmax"), [(-4, 3), (0, 15), (-128, 127)])
+@pytest.mark.parametrize("step", [torch.tensor(0.25), torch.tensor([0.2, 0.5, 0.9]).view(1, 3, 1, 1)])
+def test_the_fast_kernel_equals_its_plain_twin_in_values_and_gradients(
+    step: Tensor, qmin: int, qmax: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 3, 5, 5, generator=generator, dtype=torch.float64) * 3
-    upstream = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    for step in (torch.tensor(0.37), torch.tensor([0.2, 0.5, 0.9]).view(1, 3, 1, 1)):
-        ours, plain = [(x.clone().requires_grad_(), step.double().clone().requires_grad_()) for _ in range(2)]
-        (fake_quantize(*ours, -4, 3) * upstream).sum().backward()
-        scaled = plain[0] / plain[1]
-        rounded = scaled + (scaled.round() - scaled).detach()
-        inside = (scaled >= -4) & (scaled <= 3)
-        clamped = torch.where(inside, rounded, scaled.detach().clamp(-4, 3).round())
-        (clamped * plain[1] * upstream).sum().backward()
-        torch.testing.assert_close(ours[0].grad, plain[0].grad)
-        torch.testing.assert_close(ours[1].grad, plain[1].grad)
+    x = torch.randn(4, 3, 5, 5, generator=generator, dtype=dtype) * 3
+    x[0, :, 0, 0], x[0, :, 0, 1] = (bound * step.to(dtype).expand(1, 3, 1, 1).flatten() for bound in (qmin, qmax))
+    upstream = torch.randn(x.shape, generator=generator, dtype=dtype)
+    fast, plain = [(x.clone().requires_grad_(), step.to(dtype).clone().requires_grad_()) for _ in range(2)]
+    values = fake_quantize(*fast, qmin, qmax), plain_fake_quantize(*plain, qmin, qmax)
+    torch.testing.assert_close(*values)
+    for each in values:
+        (each * upstream).sum().backward()
+    torch.testing.assert_close(fast[0].grad, plain[0].grad)
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-9  # large terms cancel in the chain of the plain twin
+    torch.testing.assert_close(fast[1].grad, plain[1].grad, rtol=0, atol=tolerance)
 
 
 def test_a_clipped_value_moves_the_step_by_its_bound() -> None:
@@ -300,6 +305,20 @@ def test_a_shared_layer_has_one_weight_quantizer_and_one_per_input() -> None:
 
     network = quantized(Shared(), shape=(4, 2, 3, 3))
     assert sorted("weight" in name for name, _ in quantizers(network)) == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_negative_value_makes_an_unsigned_quantizer_signed(bits: int) -> None:
+    x = torch.randn(64, generator=torch.Generator().manual_seed(bits))
+    quantizer, signed = StepQuantizer(bits, signed=False), StepQuantizer(bits, signed=True)
+    for each in (quantizer, signed):
+        each.calibrate(x.abs())
+    assert quantizer.signed is False
+    for each in (quantizer, signed):
+        each.calibrate(x)
+        each.mode = "quantize"
+    assert quantizer.signed is True
+    assert torch.equal(quantizer(x), signed(x))
 
 
 def test_lower_bound_keeps_the_threshold_from_an_outlier_ruling_nothing() -> None:

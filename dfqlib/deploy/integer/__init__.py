@@ -1,9 +1,8 @@
-"""The network as integers compute it: a graph of integer operations made from a fake-quantized one.
+"""Simulate integer arithmetic: a graph of integer operations made from a fake-quantized network.
 
-Fake quantization leaves sums, poolings and BatchNorm in floating point between two quantizers; an integer file cannot.
-Here every tensor is codes on a grid: BatchNorm is folded into its layer, biases are whole numbers, what enters a sum
-is stored in 8 bits. ``simulate`` returns a PyTorch network that computes what the exported file computes, code by
-code, and shares its parameters with the network it came from, so that fine-tuning the one fine-tunes the other.
+Fake quantization leaves sums, pooling and BatchNorm in floating point between two quantizers. Here every tensor has
+integer values and a scale: BatchNorm is folded into its layer, biases are integers, terms of sums have 8 bits.
+``simulate`` returns a PyTorch network that computes exactly what the exported file computes.
 
 Taught in notebook 10.
 """
@@ -23,66 +22,62 @@ from dfqlib.quantizer import AffineQuantizer, StepQuantizer, quantizers
 __all__ = ["PREFIX", "attach", "narrowed", "prepare", "prepare_from_noise", "prepare_from_saved", "settle", "simulate"]
 
 MARGIN = 1.5
-"""How far beyond noise's own range a grid reaches when there are no images: real activations have longer tails."""
+"""Ranges found on noise are widened by this factor: real activations have longer tails."""
 
 
 def simulate(network: nn.Module) -> fx.GraphModule:
-    """The integer network of a fake-quantized one, in eval mode: images in, logits out, codes in between.
+    """The integer network of a fake-quantized one, in eval mode: images in, logits out, integers in between.
 
-    It shares weights, steps and BatchNorm with ``network``: train either and both have learned. It computes what the
-    exported file computes, code by code. It differs from the prepared network by the bias grid, in channels of negative
-    BatchNorm gain, whose most negative weight code has no positive twin, and in channels of 8-bit weights that are
-    stored in 7 bits (``narrowed``).
+    It shares weights, step sizes and BatchNorm with ``network``: train either and both have learned. It computes what
+    the exported file computes, and differs from the prepared network by what ``settle`` rounds.
 
     Args:
-        network: what ``quantize_layers`` made of a model: symmetric scheme, calibrated, and after ``prepare``.
+        network: from ``quantize_layers``, symmetric scheme, calibrated, and after ``prepare``.
 
     Raises:
         InputError: something has no integer form, or no range; names it and says what to do.
-        NonFiniteError: a weight, a step or a statistic is NaN or infinite; names it.
+        NonFiniteError: a weight, a step size or a statistic is NaN or infinite; names it.
 
     Taught in notebook 10.
     """
     lowering = Lowering(_checked(network))
     simulation = lowering.lower()
-    for name, grid in lowering.stores.items():
-        if grid.mode != "quantize":
+    for name, quantizer in lowering.added.items():
+        if quantizer.mode != "quantize":
             raise InputError(f"{name} has no range yet; call integer.prepare(network, images) first")
     return simulation
 
 
 @torch.no_grad()
 def prepare(network: nn.Module, images: Tensor) -> None:
-    """Quantize what only integers need quantized: give each tensor that has no grid yet one of 8 bits, in place.
+    """Give each tensor that only an integer file quantizes a quantizer of 8 bits, ``store_*``, in place.
 
-    The network then *is* what the integer file computes, up to the rounding of biases and of weights that are stored in
-    7 bits (``narrowed``): its accuracy is the file's, and fine-tuning it goes on under the conditions of the file. The
-    new quantizers are submodules ``store_*``. ``settle`` rounds the rest, too.
+    The network then computes what the integer file computes, up to what ``settle`` rounds: its accuracy is the file's,
+    and fine-tuning continues under the file's conditions.
 
     Args:
-        network: what ``quantize_layers`` made of a model, calibrated. Grids it has stay as they are.
-        images: what to take ranges from, normalized, (N, C, H, W).
+        network: from ``quantize_layers``, calibrated. Quantizers that it has stay as they are.
+        images: (N, C, H, W), normalized, for the ranges.
 
     Raises:
         InputError: as ``simulate``.
 
     Taught in notebook 10.
     """
-    grids = attach(network)
-    for grid in grids:
-        grid.mode = "calibrate"
-    if grids:
+    added = attach(network)
+    for quantizer in added:
+        quantizer.mode = "calibrate"
+    if added:
         network(images)
-    for grid in grids:
-        grid.mode = "quantize"
+    for quantizer in added:
+        quantizer.mode = "quantize"
 
 
 def settle(network: nn.Module) -> None:
-    """Write into a prepared network what its integers will round, in place: its accuracy is then the file's.
+    """Round in a prepared network what its integers round, in place: its accuracy is then exactly the file's.
 
-    That is the grid of each bias, in channels of negative BatchNorm gain the most negative weight code, which has no
-    positive twin, and the weights of 7 bits (``narrowed``), which are even codes of 8 bits. ``simulate`` rounds them
-    anyway, and goes on doing so when the network is trained further.
+    These are biases, the most negative weight in channels of negative BatchNorm gain (its negative is out of range),
+    and weights stored in 7 bits (``narrowed``). ``simulate`` rounds them anyway, also when training continues.
 
     Args:
         network: as for ``simulate``.
@@ -95,11 +90,10 @@ def settle(network: nn.Module) -> None:
 
 
 def narrowed(network: nn.Module) -> dict[str, int]:
-    """How many channels of each layer an exported file stores in 7 bits instead of 8; layers without any are left out.
+    """The number of channels that an exported file stores in 7 bits instead of 8, by layer; zeros are left out.
 
-    On x86 processors without VNNI instructions the fast kernels add the products of two inputs and weights in 16 bits,
-    and cut what goes beyond. Channels of 8-bit weights in which two products could do so get a grid of 7 bits, twice
-    as coarse, and then the file computes the same everywhere.
+    On x86 processors without VNNI instructions the fast kernels add two products of inputs and weights in 16 bits and
+    saturate. Channels of 8-bit weights in which two products could exceed 16 bits get twice the step size.
 
     Args:
         network: as for ``simulate``, before or after ``prepare``.
@@ -112,21 +106,21 @@ def narrowed(network: nn.Module) -> dict[str, int]:
 
 
 @torch.no_grad()
-def prepare_from_saved(network: nn.Module, steps: Mapping[str, Tensor]) -> None:
-    """``prepare`` with the step sizes that were found before, by their names in the state of a prepared network."""
+def prepare_from_saved(network: nn.Module, steps: Mapping[str, Tensor], signed: Mapping[str, bool]) -> None:
+    """``prepare`` with the step sizes and signs that were found before, by their names in a prepared network."""
     attach(network)
-    for name, grid in quantizers(network):
-        if isinstance(grid, StepQuantizer) and f"{name}.step" in steps:
-            grid.step.copy_(steps[f"{name}.step"])
-            grid.mode = "quantize"
+    for name, quantizer in quantizers(network):
+        if isinstance(quantizer, StepQuantizer) and f"{name}.step" in steps:
+            quantizer.step.copy_(steps[f"{name}.step"])
+            quantizer.set_sign(signed.get(name, quantizer.signed))
+            quantizer.mode = "quantize"
 
 
 @torch.no_grad()
 def prepare_from_noise(network: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """``prepare`` where there are no images: from Gaussian noise that each BatchNorm layer normalizes by itself.
+    """``prepare`` without images: from Gaussian noise, which each BatchNorm layer normalizes by its own statistics.
 
-    What leaves a BatchNorm layer then has the mean and variance it had in training, whatever came in, and so the sums
-    have about the ranges that images give them.
+    Its outputs then have the mean and variance of training, and sums about the ranges that images give them.
     """
     attach(network)
     twin = copy.deepcopy(network)
@@ -135,31 +129,28 @@ def prepare_from_noise(network: nn.Module, image_shape: tuple[int, int, int]) ->
             module.train()
     noise = torch.randn(64, *image_shape, generator=torch.Generator().manual_seed(0))
     prepare(twin, noise.to(next(network.parameters()).device))
-    for (_, grid), (_, ranged) in zip(quantizers(network), quantizers(twin), strict=True):
-        if isinstance(grid, StepQuantizer) and isinstance(ranged, StepQuantizer) and grid.mode == "float":
-            grid.step.copy_(ranged.step * MARGIN)
-            grid.mode = "quantize"
+    for (_, quantizer), (_, ranged) in zip(quantizers(network), quantizers(twin), strict=True):
+        if isinstance(quantizer, StepQuantizer) and isinstance(ranged, StepQuantizer) and quantizer.mode == "float":
+            quantizer.step.copy_(ranged.step * MARGIN)
+            quantizer.set_sign(ranged.signed)
+            quantizer.mode = "quantize"
 
 
 def attach(network: nn.Module) -> list[StepQuantizer]:
-    """Insert the quantizers of ``prepare`` without ranges; they hand values through until they have some.
-
-    Returns:
-        Those without a range.
-    """
+    """Insert the quantizers of ``prepare``; returns those without a range, which pass values through unchanged."""
     checked = _checked(network)
     lowering = Lowering(checked)
     lowering.lower()
     there = {str(node.target) for node in checked.graph.nodes if node.op == "call_module"}
     for node in list(checked.graph.nodes):
         name = f"{lowering.prefix}{node.name}"
-        if name in lowering.stores and name not in there:
-            checked.add_submodule(name, lowering.stores[name])
+        if name in lowering.added and name not in there:
+            checked.add_submodule(name, lowering.added[name])
             with checked.graph.inserting_after(node):
                 stored = checked.graph.call_module(name, (node,))
             node.replace_all_uses_with(stored, delete_user_cb=lambda user, stored=stored: user is not stored)
     checked.recompile()
-    return [grid for grid in lowering.stores.values() if grid.mode != "quantize"]
+    return [quantizer for quantizer in lowering.added.values() if quantizer.mode != "quantize"]
 
 
 def _checked(network: nn.Module) -> fx.GraphModule:

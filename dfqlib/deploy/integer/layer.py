@@ -1,4 +1,4 @@
-"""A layer in integers, BatchNorm included.
+"""A layer and its BatchNorm in integers.
 
 Taught in notebook 10.
 """
@@ -8,43 +8,42 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfqlib.deploy.integer.codes import Grid, RoundClamp, to_codes, zero_point
+from dfqlib.deploy.integer.arithmetic import RoundClamp, to_integers, zero_point
 from dfqlib.errors import InputError
 from dfqlib.network.convolution import convolve
 from dfqlib.network.folding import per_channel
 from dfqlib.quantizer import QuantConv2d, QuantLinear, StepQuantizer
 
 EXACT = 2.0**24
-"""Up to here float32 holds every whole number."""
+"""Up to here float32 represents every integer."""
 LARGEST_BIAS = 2.0**23
-"""Largest bias in units of its accumulator; it leaves the int32 accumulator all the room a layer needs."""
+"""Largest bias in units of its accumulator, which leaves an int32 accumulator enough room for the products."""
 SMALLEST_GAIN = 1e-12
 """A BatchNorm gain below this is that of a dead channel: its weights become zero and its bias remains."""
 LARGEST_PAIR = 2**15 - 1
-"""The most that two products may add up to: x86 processors without VNNI add pairs of them in 16 bits, and saturate."""
-NARROWED_CODE = 63
-"""Largest code of a channel whose weights are stored in 7 bits; it and its negative are half of a code of 8 bits."""
+"""Largest sum of two products: x86 processors without VNNI add pairs of them in 16 bits, and saturate."""
+LARGEST_IN_7_BITS = 63
+"""Largest weight of a channel that is stored in 7 bits; -64 is not used."""
 
 
 class IntegerLayer(nn.Module):
-    """A convolution or linear layer and the BatchNorm after it: integer weights, int32 bias, a multiplier a channel.
+    """A convolution or linear layer and its BatchNorm: integer weights, int32 bias, one multiplier per channel.
 
-    BatchNorm multiplies channel c by ``gain = gamma / sqrt(var + eps)``, so codes of step s become codes of step
-    ``s * |gain|``, with the sign flipped where the gain is negative. The most negative code has no positive twin and
-    becomes the most positive one there. A BatchNorm without a layer before it is one weight of code 1 per channel.
+    BatchNorm multiplies channel c by ``gain = gamma / sqrt(var + eps)``: a weight step size s becomes ``s * |gain|``,
+    and the integer weights change sign where the gain is negative (the most negative one becomes the most positive).
+    A BatchNorm without a layer before it is one weight of 1 per channel.
 
-    The integers are the same on every processor. Without VNNI instructions x86 multiplies unsigned 8-bit inputs by
-    signed 8-bit weights, adds the products in pairs, and cuts each pair to 16 bits. A channel of 8-bit weights in which
-    any two could go beyond that is therefore stored in 7 bits: its codes are rounded on a grid twice as coarse, where
-    the largest input that the runtime carries, 255, times two codes of 63 fits. All other codes stay as they are, and
-    no weight of 7 bits or fewer is ever touched.
+    x86 processors without VNNI instructions multiply unsigned 8-bit inputs by signed 8-bit weights, add the products in
+    pairs, and saturate each pair at 16 bits. A channel of 8-bit weights in which any two could exceed that is stored in
+    7 bits, with twice the step size: 255, the largest input, times two weights of 63 fits. So every processor computes
+    the same. Weights of 7 bits or fewer cannot saturate.
 
     Args:
         name: of the layer, for messages.
         layer: the layer, or None.
         norm: the BatchNorm whose input is the layer's output, or None.
-        source: grid of the input's codes.
-        target: grid of the output's codes; None for an output in floating point (the logits).
+        source: quantizer of the input.
+        target: quantizer of the output; None for logits, which stay in floating point.
     """
 
     def __init__(
@@ -52,38 +51,39 @@ class IntegerLayer(nn.Module):
         name: str,
         layer: QuantConv2d | QuantLinear | None,
         norm: _BatchNorm | None,
-        source: Grid,
-        target: Grid | None,
+        source: StepQuantizer,
+        target: StepQuantizer | None,
     ) -> None:
         super().__init__()
         self.name, self.layer, self.norm, self.source, self.target = name, layer, norm, source, target
 
     def integers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight codes shaped like the weights, bias codes (channels,), and the weights' steps (channels,)."""
-        codes, step, bias = self._quantized()
+        """Integer weights shaped like the weights, integer bias (channels,), and step sizes (channels,)."""
+        integers, step, bias = self._quantized()
         if self.norm is not None:
             gain, shift = _affine(self.norm)
             bias = bias * gain + shift
-            codes = codes * per_channel(torch.where(gain < 0, -1.0, 1.0), codes)
-            codes = codes.clamp(max=self.largest_code)
+            integers = integers * per_channel(torch.where(gain < 0, -1.0, 1.0), integers)
+            integers = integers.clamp(max=self.largest_code)
             scale = step * gain.abs()
         else:
-            scale = step.expand(len(codes))
+            scale = step.expand(len(integers))
         floor = torch.maximum(bias.abs() / (self.source.step * LARGEST_BIAS), step * SMALLEST_GAIN).detach()
-        shrunk = RoundClamp.apply(codes * per_channel(scale / floor, codes), -self.largest_code, self.largest_code)
-        codes = torch.where(per_channel(scale < floor, codes), shrunk, codes)
+        shrunk = RoundClamp.apply(
+            integers * per_channel(scale / floor, integers), -self.largest_code, self.largest_code
+        )
+        integers = torch.where(per_channel(scale < floor, integers), shrunk, integers)
         scale = torch.maximum(scale, floor)
-        return codes, RoundClamp.apply(bias / (self.source.step * scale), -LARGEST_BIAS, LARGEST_BIAS), scale
+        return integers, RoundClamp.apply(bias / (self.source.step * scale), -LARGEST_BIAS, LARGEST_BIAS), scale
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Write into layer and BatchNorm what ``integers`` rounds: biases, codes without a twin, weights of 7 bits.
+        """Write into layer and BatchNorm what ``integers`` rounds, see ``integer.settle``.
 
-        The fake-quantized network then computes what the integers do, to rounding. A weight of 7 bits is written as the
-        even code of 8 bits that it is, so that a settled layer settles to itself.
+        A weight of 7 bits becomes an even integer of 8 bits, so that settling twice changes nothing.
         """
         _, whole, scale = self.integers()
-        codes, step, bias = self._quantized()
+        integers, step, bias = self._quantized()
         gain, shift = (torch.ones_like(bias), torch.zeros_like(bias)) if self.norm is None else _affine(self.norm)
         missing = whole * self.source.step * scale - (bias * gain + shift)
         if self.norm is not None and self.norm.bias is not None:
@@ -97,18 +97,18 @@ class IntegerLayer(nn.Module):
             lowest = per_channel(torch.where(gain < 0, -self.largest_code * step, -torch.inf), weight)
             weight.copy_(
                 torch.where(
-                    per_channel(self.narrowed, weight), codes * per_channel(step, weight), weight.maximum(lowest)
+                    per_channel(self.narrowed, weight), integers * per_channel(step, weight), weight.maximum(lowest)
                 )
             )
 
     @property
     def bits(self) -> int:
-        """Width of the weights' codes."""
+        """Bit width of the weights."""
         return 2 if self.layer is None else self.layer.weight_quantizer.bits
 
     @property
     def largest_code(self) -> int:
-        """Largest weight code."""
+        """Largest integer weight."""
         return int(2 ** (self.bits - 1)) - 1
 
     @property
@@ -133,41 +133,41 @@ class IntegerLayer(nn.Module):
         return int(self.norm.num_features)
 
     def _quantized(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, step and bias before BatchNorm."""
+        """Integer weights, step size and bias before BatchNorm."""
         like = self.source.step
         none = like.new_zeros(self.channels)
         if self.layer is None:
             ones = like.new_ones(self.channels, 1, 1, 1) if self.is_convolution else torch.eye(self.channels).to(like)
             return ones, like.new_ones(()), none
-        scaled, codes, step = self._in_steps()
+        scaled, integers, step = self._in_steps()
         if self._can_saturate:
-            narrowed = self._saturates(codes)
-            codes = torch.where(per_channel(narrowed, codes), _halved(codes, scaled), codes)
+            narrowed = self._saturates(integers)
+            integers = torch.where(per_channel(narrowed, integers), _halved(integers, scaled), integers)
             step = torch.where(narrowed, 2 * step, step)
-        return codes, step, none if self.layer.bias is None else self.layer.bias
+        return integers, step, none if self.layer.bias is None else self.layer.bias
 
     def _in_steps(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's weights in units of their step, the codes that its quantizer makes of them, and the step."""
+        """The weights in units of their step size, the same as integers, and the step size."""
         assert self.layer is not None
-        weight, grid = self.layer.weight, self.layer.weight_quantizer
-        assert isinstance(grid, StepQuantizer)
-        step = grid.step
-        scaled = weight / (step if step.numel() == 1 else per_channel(step, weight))
-        return scaled, to_codes(scaled, grid), step
+        weight, quantizer = self.layer.weight, self.layer.weight_quantizer
+        assert isinstance(quantizer, StepQuantizer)
+        step = quantizer.step
+        scaled = weight / per_channel(step, weight)
+        return scaled, to_integers(scaled, quantizer), step
 
     @property
     def _can_saturate(self) -> bool:
-        """Whether two products could, if their codes were the largest; never with weights of 7 bits or fewer."""
+        """Whether two products of the largest integers exceed 16 bits; never with weights of 7 bits or fewer."""
         return 2 * (self.largest_code + 1) * self._largest_input > LARGEST_PAIR
 
     @property
     def _largest_input(self) -> int:
-        """The largest unsigned byte that a runtime carries for an input's code."""
+        """The largest unsigned byte of an input in a runtime."""
         return self.source.qmax + zero_point(self.source)
 
-    def _saturates(self, codes: Tensor) -> Tensor:
-        """Channels in which any two products of one sign could: booleans (channels,)."""
-        flat = codes.detach().flatten(1)
+    def _saturates(self, integers: Tensor) -> Tensor:
+        """Channels in which any two products of one sign exceed 16 bits: booleans (channels,)."""
+        flat = integers.detach().flatten(1)
         by_sign = torch.stack([flat, -flat]).clamp(min=0)
         largest_pair = by_sign.topk(min(2, flat.shape[1])).values.sum(2).amax(0)
         return largest_pair * self._largest_input > LARGEST_PAIR
@@ -178,7 +178,7 @@ class IntegerLayer(nn.Module):
             total = self._accumulate(x.float(), weight, bias)
             if self.target is None:
                 return total * _columns(self.source.step * scale, total)
-            return to_codes(total * _columns(self.source.step * scale / self.target.step, total), self.target)
+            return to_integers(total * _columns(self.source.step * scale / self.target.step, total), self.target)
 
     def _accumulate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The int32 accumulator in float32, rounded once where it has more than 24 bits."""
@@ -195,16 +195,15 @@ class IntegerLayer(nn.Module):
                     f"{self.name} multiplies more than two dimensions, which has no integer form; flatten first"
                 )
             return F.linear(x, weight, bias)
-        if self.layer is None:
-            return F.conv2d(x, weight, bias, groups=self.channels)
-        assert isinstance(self.layer, nn.Conv2d)
-        return convolve(self.layer, x, weight, bias)
+        if isinstance(self.layer, nn.Conv2d):
+            return convolve(self.layer, x, weight, bias)
+        return F.conv2d(x, weight, bias, groups=self.channels)
 
 
-def _halved(codes: Tensor, scaled: Tensor) -> Tensor:
-    """``scaled`` weights rounded to twice the step, once and from what they were; the gradient is that of ``codes``."""
-    half = codes / 2
-    return half + ((scaled / 2).round().clamp(-NARROWED_CODE, NARROWED_CODE) - half).detach()
+def _halved(integers: Tensor, scaled: Tensor) -> Tensor:
+    """``scaled`` weights rounded to twice the step size; the gradient is that of ``integers``."""
+    half = integers / 2
+    return half + ((scaled / 2).round().clamp(-LARGEST_IN_7_BITS, LARGEST_IN_7_BITS) - half).detach()
 
 
 def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,6 @@
-"""The integer operations between layers: quantizing, sums, averages, tables.
+"""The integer operations between layers: quantization, sums, averages, tables.
+
+Each takes and returns integer values q of real values ``q * step``, with the step sizes of the quantizers it is given.
 
 Taught in notebook 10.
 """
@@ -10,36 +12,37 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dfqlib.deploy.integer.codes import Grid, multiply_add, pair, to_codes, zero_point
+from dfqlib.deploy.integer.arithmetic import multiply_add, pair, to_integers, zero_point
 from dfqlib.errors import InputError
+from dfqlib.quantizer import StepQuantizer
 
 
 class Quantize(nn.Module):
-    """Floating point to codes: ``round(x / step)``, the runtime's QuantizeLinear."""
+    """Floating point to integer values: ``round(x / step)``, the runtime's QuantizeLinear."""
 
-    def __init__(self, target: Grid) -> None:
+    def __init__(self, target: StepQuantizer) -> None:
         super().__init__()
         self.target = target
 
     def forward(self, x: Tensor) -> Tensor:
-        return to_codes(x / self.target.step, self.target)
+        return to_integers(x / self.target.step, self.target)
 
 
 class Dequantize(nn.Module):
-    """Codes to floating point."""
+    """Integer values to floating point."""
 
-    def __init__(self, source: Grid) -> None:
+    def __init__(self, source: StepQuantizer) -> None:
         super().__init__()
         self.source = source
 
-    def forward(self, codes: Tensor) -> Tensor:
-        return codes * self.source.step
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.source.step
 
 
 class IntegerAdd(nn.Module):
-    """The sum of two tensors on grids of their own: ``a * s_a / s_y + b * s_b / s_y``, two fused multiply-adds."""
+    """The sum of two tensors: ``a * s_a / s_y + b * s_b / s_y``, two fused multiply-adds."""
 
-    def __init__(self, first: Grid, second: Grid, target: Grid) -> None:
+    def __init__(self, first: StepQuantizer, second: StepQuantizer, target: StepQuantizer) -> None:
         super().__init__()
         self.first, self.second, self.target = first, second, target
 
@@ -48,33 +51,38 @@ class IntegerAdd(nn.Module):
         zero_a, zero_b, zero = zero_point(self.first), zero_point(self.second), zero_point(self.target)
         fixed = zero - (ratio_a * zero_a + ratio_b * zero_b)
         total = multiply_add(a + zero_a, ratio_a, multiply_add(b + zero_b, ratio_b, fixed))
-        return to_codes(total, self.target, zero) - zero
+        return to_integers(total, self.target, zero) - zero
 
 
 class IntegerProduct(nn.Module):
-    """The product of two tensors on grids of their own, one of which may be a number per channel (a gate)."""
+    """The product of two tensors, ``a * b * (s_a * s_b / s_y)``; one may be a number per channel (a gate)."""
 
-    def __init__(self, first: Grid, second: Grid, target: Grid) -> None:
+    def __init__(self, first: StepQuantizer, second: StepQuantizer, target: StepQuantizer) -> None:
         super().__init__()
         self.first, self.second, self.target = first, second, target
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return to_codes(a * b * (self.first.step * self.second.step / self.target.step), self.target)
+        return to_integers(a * b * (self.first.step * self.second.step / self.target.step), self.target)
 
 
 class IntegerAverage(nn.Module):
-    """Average pooling: whole sums, then one multiplier.
+    """Average pooling: integer sums, then one multiplier.
 
     Args:
         name: of the layer, for messages.
         pool: AvgPool2d, or AdaptiveAvgPool2d whose output size divides its input's.
-        source: grid of the input's codes.
-        target: grid of the averages.
+        source: quantizer of the input.
+        target: quantizer of the averages.
         keepdim: whether a global average keeps two dimensions of size one.
     """
 
     def __init__(
-        self, name: str, pool: nn.AvgPool2d | nn.AdaptiveAvgPool2d, source: Grid, target: Grid, keepdim: bool = True
+        self,
+        name: str,
+        pool: nn.AvgPool2d | nn.AdaptiveAvgPool2d,
+        source: StepQuantizer,
+        target: StepQuantizer,
+        keepdim: bool = True,
     ) -> None:
         super().__init__()
         self.name, self.pool, self.source, self.target, self.keepdim = name, pool, source, target, keepdim
@@ -98,11 +106,11 @@ class IntegerAverage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pool = self.window(*x.shape[2:])
         if pool is None:
-            # The count joins the divisor here and the multiplier below: that is how the two kernels round.
+            # The count is part of the divisor here and of the multiplier below: that is how the two kernels round.
             divisor = self.target.step * x[0, 0].numel()
-            return to_codes(x.sum((2, 3), keepdim=self.keepdim) * (self.source.step / divisor), self.target)
+            return to_integers(x.sum((2, 3), keepdim=self.keepdim) * (self.source.step / divisor), self.target)
         total = F.avg_pool2d(x, pool.kernel_size, pool.stride, pool.padding, divisor_override=1)
-        return to_codes(total * (self.source.step * window_step(pool) / self.target.step), self.target)
+        return to_integers(total * (self.source.step * window_step(pool) / self.target.step), self.target)
 
 
 def window_step(pool: nn.AvgPool2d) -> Tensor:
@@ -112,22 +120,22 @@ def window_step(pool: nn.AvgPool2d) -> Tensor:
 
 
 class Table(nn.Module):
-    """Any function of one number, looked up by its code: at most 256 entries; also a change of grid.
+    """Any function of one number as a table of at most 256 entries; the identity changes the scale (requantization).
 
     Args:
-        function: applied to each value in floating point.
-        source: grid of the input's codes.
-        target: grid of the output's codes.
+        function: applied to each real value in floating point.
+        source: quantizer of the input.
+        target: quantizer of the output.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], source: Grid, target: Grid) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], source: StepQuantizer, target: StepQuantizer) -> None:
         super().__init__()
         self.function, self.source, self.target = function, source, target
 
     def entries(self) -> Tensor:
-        """The output's code for each carried input 0 ... 255, shape (256,)."""
-        carried = torch.arange(256, device=self.source.step.device) - zero_point(self.source)
-        return self._compute(carried.clamp(self.source.qmin, self.source.qmax).float())
+        """The output for each unsigned byte 0 ... 255 of the input, shape (256,)."""
+        inputs = torch.arange(256, device=self.source.step.device) - zero_point(self.source)
+        return self._compute(inputs.clamp(self.source.qmin, self.source.qmax).float())
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -135,23 +143,23 @@ class Table(nn.Module):
         # Looked up, since a vectorized function may differ in the last digit from place to place.
         return self.entries()[x.long() + zero_point(self.source)]
 
-    def _compute(self, codes: Tensor) -> Tensor:
-        return to_codes(self.function(codes * self.source.step) / self.target.step, self.target)
+    def _compute(self, x: Tensor) -> Tensor:
+        return to_integers(self.function(x * self.source.step) / self.target.step, self.target)
 
 
 class Clamp(nn.Module):
-    """ReLU (no ceiling) or ReLU6 on codes."""
+    """ReLU (no ceiling) or ReLU6 on integer values."""
 
-    def __init__(self, grid: Grid, ceiling: float | None) -> None:
+    def __init__(self, quantizer: StepQuantizer, ceiling: float | None) -> None:
         super().__init__()
-        self.grid, self.ceiling = grid, ceiling
+        self.quantizer, self.ceiling = quantizer, ceiling
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Smallest and largest code that pass."""
+        """Smallest and largest integer value that pass."""
         if self.ceiling is None:
-            return 0, self.grid.qmax
-        return 0, min(self.grid.qmax, int((self.ceiling / self.grid.step.detach()).round()))
+            return 0, self.quantizer.qmax
+        return 0, min(self.quantizer.qmax, int((self.ceiling / self.quantizer.step.detach()).round()))
 
     def forward(self, x: Tensor) -> Tensor:
         return x.clamp(*self.bounds)

@@ -1,8 +1,8 @@
-"""A quantized network as an ONNX file that another runtime executes in integers.
+"""Export a quantized network as an ONNX file that another runtime executes in integers.
 
-The file is written from the graph of ``integer.simulate``, operation by operation, in the form runtimes recognize:
-DequantizeLinear, the operation, QuantizeLinear. ONNX Runtime fuses each such triple into one integer kernel. Codes of
-fewer than 8 bits travel in 8-bit integers between layers, cut to their range by a Clip.
+Each operation of ``integer.simulate`` is written in the form that runtimes recognize (DequantizeLinear, the operation,
+QuantizeLinear), which ONNX Runtime fuses into one integer kernel. Between layers integer values of fewer than 8 bits
+are stored in bytes, and a Clip keeps them in their range.
 
 Taught in notebook 10.
 """
@@ -42,20 +42,18 @@ def export_onnx(
 ) -> Path:
     """Write a quantized network as an integer ONNX file: input "images" (batch, C, H, W), output "logits".
 
-    Both containers hold the same codes and run the same integer kernels; "int8" stores each weight in a byte (opset
+    Both containers hold the same integer values and run the same kernels; "int8" stores each weight in a byte (opset
     17, read by any runtime with QDQ support), "int4" two weights of up to 4 bits in one byte (opset 21).
 
-    The file computes the same on every processor, with the runtime's default options. The fast kernels of x86
-    processors without VNNI instructions add the products of two inputs and weights in 16 bits, and cut what goes beyond
-    that; only 8-bit weights are large enough for it. Channels in which any two products could are therefore stored in
-    7 bits (``integer.narrowed`` counts them), which on ResNet-20 costs neither accuracy nor time. Weights of 8 bits
-    without sign would be exact too, but ONNX Runtime takes two to three times as long for them where there is VNNI.
+    The file computes the same on every processor, with the runtime's default options: where x86 processors without VNNI
+    instructions could saturate, weights are stored in 7 bits (``integer.narrowed`` counts these channels). Unsigned
+    8-bit weights would be exact too, but take ONNX Runtime two to three times as long where there is VNNI.
 
     Args:
-        model: the report of ``dfqlib.quantize``, or its ``model``; left untouched. A report has the images that set
-            the ranges of sums, a model without ``integer.prepare`` gets them from its BatchNorm statistics.
+        model: the report of ``dfqlib.quantize``, or its ``model``; left untouched. The ranges of sums come from the
+            report's images, or, for a model without ``integer.prepare``, from its BatchNorm statistics.
         path: the file, replaced whole; nothing is left there when something fails.
-        image_shape: (channels, height, width); the batch stays free. None where the report or the network knows it.
+        image_shape: (channels, height, width), for any batch size; None where the report or the network has it.
         container: "int8" or "int4".
 
     Returns:
@@ -80,7 +78,6 @@ def export_onnx(
 
 
 def _known_shape(model: Quantized | nn.Module) -> ImageShape:
-    """The shape of the images that a report or a network was made for."""
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "images", None), Tensor) and len(model.images):
         channels, height, width = model.images.shape[1:]
         return channels, height, width
@@ -94,7 +91,7 @@ def _known_shape(model: Quantized | nn.Module) -> ImageShape:
 
 
 def check_exportable(model: nn.Module, spec: QuantSpec, image_shape: ImageShape) -> None:
-    """Raise InputError if a model, once quantized, could not be exported: known before the minutes of work.
+    """Raise InputError if a model, once quantized, could not be exported; for a check before the work.
 
     Taught in notebook 10.
     """
@@ -106,17 +103,17 @@ def check_exportable(model: nn.Module, spec: QuantSpec, image_shape: ImageShape)
 
 
 def integer_network(model: Quantized | nn.Module, image_shape: ImageShape) -> fx.GraphModule:
-    """The integer simulation of a copy of a report's model (or of a model): what ``export_onnx`` writes.
+    """The integer simulation that ``export_onnx`` writes, of a copy of the model or of the report's model.
 
     Taught in notebook 10.
     """
-    _zeros(image_shape, 1)
+    _check_shape(image_shape)
     network: Any = copy.deepcopy(network_of(model)).cpu().eval().requires_grad_(False)
     network.meta = {**getattr(network, "meta", {}), "image_shape": tuple(image_shape)}
     if not isinstance(model, nn.Module):
         integer.prepare(network, model.images.cpu())
     elif network.meta.get("sums"):
-        integer.prepare_from_saved(network, network.meta["sums"])
+        integer.prepare_from_saved(network, network.meta["sums"], network.meta["signed"])
     integer.prepare_from_noise(network, image_shape)
     return integer.simulate(network)
 
@@ -135,7 +132,8 @@ def shapes_of(network: fx.GraphModule, image_shape: ImageShape) -> dict[str, tup
     Raises:
         InputError: images of that shape do not pass, or a shape depends on the batch; names the layer.
     """
-    two, three = (_Shapes(network).of(_zeros(image_shape, batch)) for batch in (2, 3))
+    _check_shape(image_shape)
+    two, three = (graph.Run(network, batch, image_shape).shapes for batch in (2, 3))
     for name, shape in two.items():
         if shape[:1] != (2,) or three[name] != (3, *shape[1:]):
             raise InputError(
@@ -145,31 +143,18 @@ def shapes_of(network: fx.GraphModule, image_shape: ImageShape) -> dict[str, tup
     return {name: shape[1:] for name, shape in two.items()}
 
 
-def _zeros(image_shape: Any, batch: int) -> Tensor:
+def _check_shape(image_shape: Any) -> None:
     try:
         channels, height, width = image_shape
-        return torch.zeros(batch, channels, height, width)
+        torch.empty(0, channels, height, width)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
             f"image_shape={image_shape!r} must be (channels, height, width), for example (3, 32, 32)"
         ) from None
 
 
-class _Shapes(graph.Interpreter):
-    def of(self, images: Tensor) -> dict[str, tuple[int, ...]]:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.run_on(images)
-        return self.shapes
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and n.op != "output":
-            self.shapes[n.name] = tuple(value.shape)
-        return value
-
-
 def write_onnx(proto: Any, path: Path) -> None:
-    """Check a model and put it in its place, whole or not at all."""
+    """Check an ONNX model and write it, whole or not at all."""
     onnx = import_extra("onnx")
     try:
         onnx.checker.check_model(proto, full_check=True)

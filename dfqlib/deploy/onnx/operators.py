@@ -1,4 +1,4 @@
-"""How each integer operation is written in ONNX.
+"""Write each integer operation in ONNX.
 
 Taught in notebook 10.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from dfqlib.deploy.integer.codes import pair
+from dfqlib.deploy.integer.arithmetic import pair
 from dfqlib.deploy.integer.layer import IntegerLayer
 from dfqlib.deploy.integer.operations import (
     Clamp,
@@ -44,7 +44,7 @@ def integer_model(simulation: fx.GraphModule, shapes: Shapes, container: str) ->
 
 
 def float_model(simulation: fx.GraphModule, shapes: Shapes) -> Any:
-    """The same network in floating point, BatchNorm folded: what an integer file is measured against."""
+    """The same network in floating point, BatchNorm folded, for comparison."""
     return _write(FloatWriter(shapes, "int8"), simulation)
 
 
@@ -71,7 +71,7 @@ def _write(writer: Writer, simulation: fx.GraphModule) -> Any:
 def _visit(writer: Writer, node: fx.Node) -> None:
     if node.op == "placeholder":
         writer.keep(node, INPUT, None)
-    elif node.op != "output" and node.name in writer.shapes:  # the rest are sizes, which are known by now
+    elif node.op != "output" and node.name in writer.shapes:  # other nodes are sizes, which are constants here
         module = graph.module_of(node) if node.op == "call_module" else None
         write = _WRITERS.get(type(module) if module is not None else node.target)
         if write is None and graph.operation(node) in kinds.VIEWS:
@@ -97,7 +97,7 @@ def _layer(writer: Writer, node: fx.Node, layer: IntegerLayer) -> None:
     source = _source(node)
     if not layer.is_convolution and len(writer.shapes[source.name]) != 1:
         raise InputError(f"{layer.name} multiplies more than two dimensions, which has no form here; flatten first")
-    if layer.is_convolution and layer.target is None and source in writer.grids:
+    if layer.is_convolution and layer.target is None and source in writer.quantizers:
         _last_convolution(writer, node, layer)
         return
     kind, attributes = ("Conv", _convolution(layer)) if layer.is_convolution else ("Gemm", {"transB": 1})
@@ -110,18 +110,18 @@ def _layer(writer: Writer, node: fx.Node, layer: IntegerLayer) -> None:
 
 
 def _result_name(node: fx.Node) -> str:
-    """What logits are called where they are made: as the file's output if nothing is done to them any more."""
+    """The name of logits: that of the file's output unless an operation follows."""
     return OUTPUT if all(user.op == "output" for user in node.users) else f"{node.name}/logits"
 
 
 def _last_convolution(writer: Writer, node: fx.Node, layer: IntegerLayer) -> None:
-    """Logits stay in floating point: the accumulator is multiplied out, since no fused convolution ends in floats."""
+    """Scale the accumulator explicitly: no fused integer convolution has a floating-point output."""
     source, name = _source(node), node.name
-    grid = writer.grids[source]
-    codes, bias, steps = layer.integers()
-    inputs = [writer.names[source], writer.weight(f"{name}/weight", codes, layer.bits), writer.bound(0, grid)]
+    quantizer = writer.quantizers[source]
+    integers, bias, steps = layer.integers()
+    inputs = [writer.names[source], writer.weight(f"{name}/weight", integers, layer.bits), writer.bound(0, quantizer)]
     product = writer.add("ConvInteger", inputs, f"{name}/product", **_convolution(layer))
-    whole, scale = (values.view(-1, 1, 1) for values in (bias, grid.step * steps))
+    whole, scale = (values.view(-1, 1, 1) for values in (bias, quantizer.step * steps))
     total = writer.add("Add", [product, writer.constant(f"{name}/bias", whole, "int32")], f"{name}/sum")
     floats = writer.add("Cast", [total], f"{name}/float", to=writer.onnx.TensorProto.FLOAT)
     writer.keep(
@@ -164,32 +164,32 @@ def _average(writer: Writer, node: fx.Node, module: IntegerAverage) -> None:
     writer.store(node, name, module.target)
     if not module.keepdim:
         flat = writer.add("Flatten", [writer.names[node]], f"{node.name}/flat")
-        writer.keep(node, flat, writer.grids.get(node))
+        writer.keep(node, flat, writer.quantizers.get(node))
 
 
 def _table(writer: Writer, node: fx.Node, module: Table) -> None:
     writer.table(node, _source(node), module.entries(), module.target)
 
 
-def _move(writer: Writer, node: fx.Node, kind: str, *constants: str, **attributes: Any) -> None:
-    """An operation that moves codes, or chooses among them: the same in integers as in floating point."""
+def _rearrange(writer: Writer, node: fx.Node, kind: str, *constants: str, **attributes: Any) -> None:
+    """An operation that rearranges or selects values: the same in integers as in floating point."""
     source = _source(node)
     name = writer.add(kind, [writer.names[source], *constants], node.name, **attributes)
-    writer.keep(node, name, writer.grids.get(source))
+    writer.keep(node, name, writer.quantizers.get(source))
 
 
 def _clamp(writer: Writer, node: fx.Node, module: Clamp) -> None:
     if _source(node) in writer.clipped:  # the source was stored within these bounds already
-        writer.keep(node, writer.names[_source(node)], module.grid)
+        writer.keep(node, writer.names[_source(node)], module.quantizer)
     else:
-        _move(writer, node, "Clip", *(writer.bound(code, module.grid) for code in module.bounds))
+        _rearrange(writer, node, "Clip", *(writer.bound(value, module.quantizer) for value in module.bounds))
 
 
 def _max_pool(writer: Writer, node: fx.Node, module: nn.MaxPool2d | None) -> None:
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     given: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
     pool = module or nn.MaxPool2d(**given)
-    _move(
+    _rearrange(
         writer, node, "MaxPool", kernel_shape=list(pair(pool.kernel_size)), strides=list(pair(pool.stride)),
         pads=[*pair(pool.padding)] * 2, dilations=list(pair(pool.dilation)), ceil_mode=int(pool.ceil_mode),
     )  # fmt: skip
@@ -198,9 +198,9 @@ def _max_pool(writer: Writer, node: fx.Node, module: nn.MaxPool2d | None) -> Non
 def _reshape(writer: Writer, node: fx.Node, _: None) -> None:
     shape = writer.shapes[node.name]
     if len(shape) == 1:
-        _move(writer, node, "Flatten")
+        _rearrange(writer, node, "Flatten")
     else:
-        _move(writer, node, "Reshape", writer.constant(f"{node.name}/shape", [-1, *shape], "int64"))
+        _rearrange(writer, node, "Reshape", writer.constant(f"{node.name}/shape", [-1, *shape], "int64"))
 
 
 def _slice(writer: Writer, node: fx.Node, _: None) -> None:
@@ -215,7 +215,9 @@ def _slice(writer: Writer, node: fx.Node, _: None) -> None:
     ]
     axes, starts, ends, steps = zip(*ranges, strict=True)
     columns = {"starts": starts, "ends": ends, "axes": axes, "steps": steps}
-    _move(writer, node, "Slice", *(writer.constant(f"{node.name}/{n}", list(c), "int64") for n, c in columns.items()))
+    _rearrange(
+        writer, node, "Slice", *(writer.constant(f"{node.name}/{n}", list(c), "int64") for n, c in columns.items())
+    )
 
 
 def _pad(writer: Writer, node: fx.Node, _: None) -> None:
@@ -229,16 +231,16 @@ def _pad(writer: Writer, node: fx.Node, _: None) -> None:
     before, after = [0] * dims, [0] * dims
     for axis, (first, last) in enumerate(zip(amounts[::2], amounts[1::2], strict=True), 1):
         before[-axis], after[-axis] = first, last
-    grid = writer.grids.get(source)
-    zero = writer.constant("value/zero", 0.0, "float32") if grid is None else writer.bound(0, grid)
-    _move(writer, node, "Pad", writer.constant(f"{node.name}/pads", before + after, "int64"), zero)
+    quantizer = writer.quantizers.get(source)
+    zero = writer.constant("value/zero", 0.0, "float32") if quantizer is None else writer.bound(0, quantizer)
+    _rearrange(writer, node, "Pad", writer.constant(f"{node.name}/pads", before + after, "int64"), zero)
 
 
 def _concatenate(writer: Writer, node: fx.Node, _: None) -> None:
     parts: Any = node.args[0]  # the same tensor may come twice
     axis: Any = node.args[1]
     name = writer.add("Concat", [writer.names[part] for part in parts], node.name, axis=axis)
-    writer.keep(node, name, writer.grids.get(parts[0]))
+    writer.keep(node, name, writer.quantizers.get(parts[0]))
 
 
 _WRITERS: dict[Any, Callable[[Writer, fx.Node, Any], None]] = {

@@ -1,7 +1,6 @@
-"""The shortcut without weights of a ResNet (its option A) as one integer kernel.
+"""The parameter-free shortcut of a ResNet (option A: every second pixel, padded with channels of zeros) as one kernel.
 
-Every second pixel and channels of zeros around the old ones: two nodes that move bytes, or a convolution of one pixel
-whose weights are zeros and ones, which is exact and one kernel to start instead of two.
+A 1×1 convolution with weights of zeros and ones computes exactly what a Slice and a Pad compute, in one kernel.
 
 Taught in notebook 10.
 """
@@ -27,11 +26,11 @@ class Shortcut:
 
 
 def sampled_and_padded(writer: Writer, node: fx.Node) -> Shortcut | None:
-    """What a slice of codes and the padding that alone reads it do together; None if ``node`` is no such slice."""
+    """A slice of integers and the padding that alone reads it; None if ``node`` is no such slice."""
     if node.target is not operator.getitem or len(node.users) != 1:
         return None
     source, reader = node.all_input_nodes[0], next(iter(node.users))
-    if source not in writer.grids or reader.target is not F.pad or len(writer.shapes[source.name]) != 3:
+    if source not in writer.quantizers or reader.target is not F.pad or len(writer.shapes[source.name]) != 3:
         return None
     index: Any = node.args[1]
     amounts: Any = reader.args[1] if len(reader.args) > 1 else reader.kwargs["pad"]
@@ -53,13 +52,15 @@ def sampled_and_padded(writer: Writer, node: fx.Node) -> Shortcut | None:
 def write_shortcut(writer: Writer, node: fx.Node, shortcut: Shortcut) -> None:
     """Write both as the convolution, named after the padding."""
     source = node.all_input_nodes[0].all_input_nodes[0]
-    channels, grid = writer.shapes[source.name][0], writer.grids[source]
+    channels, quantizer = writer.shapes[source.name][0], writer.quantizers[source]
     weight = np.pad(np.eye(channels, dtype=np.int8), ((shortcut.before, shortcut.after), (0, 0)))[:, :, None, None]
     one = writer.constant("one", 1.0, "float32")
-    codes = writer.weight(f"{node.name}/ones", weight, 4)
-    values = writer.add("DequantizeLinear", [codes, one], f"{node.name}/ones_real")
+    integers = writer.weight(f"{node.name}/ones", weight, 4)
+    values = writer.add("DequantizeLinear", [integers, one], f"{node.name}/ones_real")
     strides = list(shortcut.strides)
     writer.add("Conv", [writer.real(source), values], f"{node.name}/sum", kernel_shape=[1, 1], strides=strides)
     writer.keep(
-        node, writer.add("QuantizeLinear", [f"{node.name}/sum", *writer.grid_constants(source, grid)], node.name), grid
+        node,
+        writer.add("QuantizeLinear", [f"{node.name}/sum", *writer.scale_constants(source, quantizer)], node.name),
+        quantizer,
     )

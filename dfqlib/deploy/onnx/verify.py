@@ -1,4 +1,4 @@
-"""Whether an exported file does what was promised: the same answers, a smaller file, less time.
+"""Measure an exported file against the network it came from: equal logits, size, latency.
 
 Taught in notebook 10.
 """
@@ -25,45 +25,34 @@ from dfqlib.quantizer.plain import float_network
 from dfqlib.training.machine import processor
 
 BATCHES = (1, 64)
-"""Batch sizes that are timed."""
-TURNS = 3
-"""How often each engine is timed at each of them."""
-SECONDS = 0.05
-"""How long, at least, in each turn."""
+"""Batch sizes that are timed, each in ``TURNS`` turns of at least ``SECONDS``."""
+TURNS, SECONDS = 3, 0.05
 INTEGER_FILE, FLOAT_FILE, FLOAT_TORCH = "integer file", "ONNX Runtime FP32", "PyTorch FP32"
 EXACT = "session.x64quantprecision"
-"""The option with which ONNX Runtime takes kernels that cannot saturate where the fast ones could."""
+"""The option for kernels of ONNX Runtime that cannot saturate."""
 
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """What ``verify_export`` found.
+    """What ``verify_export`` measured on the original, the fake-quantized network, its integer simulation and the file.
 
-    The file runs as it does for anyone who opens it, in a *default* session, and beside it in an *exact* one, whose
-    kernels cannot saturate. A file of ``export_onnx`` answers the same in both, on every processor.
-
-    Four networks answer: the original, the fake-quantized one that was made of it, the integer simulation of that, and
-    the file. A loss shows between the two where it arises.
+    The file runs in a *default* session and in an *exact* one, whose kernels cannot saturate. Agreement is the share of
+    images, in percent, on which two networks choose the same class.
 
     Attributes:
-        images: how many images the networks saw.
-        agreement: share of them on which file and integer simulation choose the same class, in percent.
-        largest_difference: between the two's logits.
-        exact_agreement: the same share in the exact session.
-        exact_largest_difference: the same difference in the exact session.
-        model_agreement: share on which the file chooses the class of the fake-quantized network.
-        simulation_agreement: share on which the integer simulation chooses the class of the fake-quantized network.
-        original_agreement: share on which the fake-quantized network chooses the class of the original; None where the
-            original is not known.
-        file_top1: accuracy of the file in percent; None without labels, as for the next three.
-        exact_top1: accuracy of the file in the exact session.
-        simulation_top1: accuracy of the integer simulation.
-        model_top1: accuracy of the fake-quantized network.
+        images: number of images.
+        agreement, largest_difference: of the file with the integer simulation; the difference is of logits.
+        exact_agreement, exact_largest_difference: the same in the exact session.
+        model_agreement: of the file with the fake-quantized network.
+        simulation_agreement: of the integer simulation with the fake-quantized network.
+        original_agreement: of the fake-quantized network with the original; None where that is not known.
+        file_top1, exact_top1, simulation_top1, model_top1: accuracy in percent of the file, of the file in the exact
+            session, of the integer simulation and of the fake-quantized network; None without labels.
         file_bytes: size of the file.
-        float_bytes: size of the same network as an FP32 ONNX file, BatchNorm folded.
-        operations: how many nodes of each kind ONNX Runtime executes, after its optimizations.
-        milliseconds: median processor time on one thread: engine, then batch size.
-        processor: what all this ran on: its name, and those of its instructions that integer kernels care about.
+        float_bytes: size of the same network as an FP32 ONNX file, BatchNorm folded; None where it has no such form.
+        operations: number of nodes of each kind that ONNX Runtime executes after its optimizations.
+        milliseconds: median processor time on one thread, by engine and batch size.
+        processor: name of the processor and those of its instructions that integer kernels use.
     """
 
     images: int
@@ -94,15 +83,13 @@ class ExportCheck:
         """How many times faster than ``engine`` the file runs."""
         return self.milliseconds[engine][batch] / self.milliseconds[INTEGER_FILE][batch]
 
-    def _steps(self) -> str:
-        steps = {
+    def __str__(self) -> str:
+        pairs = {
             "original → fake-quantized": self.original_agreement,
             "fake-quantized → simulation": self.simulation_agreement,
+            "simulation → file": self.agreement,
         }
-        steps["simulation → file"] = self.agreement
-        return ", ".join(f"{name} {share:.1f} %" for name, share in steps.items() if share is not None)
-
-    def __str__(self) -> str:
+        steps = ", ".join(f"{name} {share:.1f} %" for name, share in pairs.items() if share is not None)
         named = [kind for kind in ("QLinearConv", "QGemm", "ConvInteger") if kind in self.operations]
         kernels = ", ".join(f"{self.operations[kind]} {kind}" for kind in named)
         lines = [
@@ -110,7 +97,7 @@ class ExportCheck:
             f"logits differ by at most {self.largest_difference:.2g}",
             f"the same with ONNX Runtime's exact kernels ({EXACT}): {self.exact_agreement:.2f} %, "
             f"{self.exact_largest_difference:.2g}",
-            f"agreement with the fake-quantized network: {self.model_agreement:.2f} %, step by step: {self._steps()}",
+            f"agreement with the fake-quantized network: {self.model_agreement:.2f} %, step by step: {steps}",
             f"size: {self.file_bytes / 1e3:,.0f} kB"
             + (f", {self.float_bytes / self.file_bytes:.1f} times smaller than FP32" if self.float_bytes else ""),
             f"every layer runs in integers: {'yes' if self.all_integer else 'no'} ({kernels})",
@@ -131,10 +118,9 @@ def verify_export(
 ) -> ExportCheck:
     """Run an exported file beside the network it came from.
 
-    The file runs with ONNX Runtime's default options, on one thread, as it will for whoever gets it. On x86 processors
-    without VNNI the kernels of such a session cut pairs of products to 16 bits; ``export_onnx`` sees to it that nothing
-    in its files is large enough for that. As evidence the file runs a second time with the option that takes exact
-    kernels instead, and must answer the same. Latencies are those of the default session.
+    The file runs on one thread with ONNX Runtime's default options, and again with the option for exact kernels: on x86
+    processors without VNNI the default ones cut pairs of products to 16 bits, which no product in a file of
+    ``export_onnx`` reaches, so both must agree. Latencies are those of the default session.
 
     Args:
         report: what was given to ``export_onnx``.
@@ -173,13 +159,13 @@ def verify_export(
     model, original = predict(network_of(report), images), getattr(report, "teacher", None)
     return ExportCheck(
         images=len(images),
-        agreement=_share(found, expected.argmax(1)),
+        agreement=_agreement(found, expected.argmax(1)),
         largest_difference=float((found - expected).abs().max()),
-        exact_agreement=_share(exact, expected.argmax(1)),
+        exact_agreement=_agreement(exact, expected.argmax(1)),
         exact_largest_difference=float((exact - expected).abs().max()),
-        model_agreement=_share(found, model.argmax(1)),
-        simulation_agreement=_share(expected, model.argmax(1)),
-        original_agreement=None if original is None else _share(model, predict(original, images).argmax(1)),
+        model_agreement=_agreement(found, model.argmax(1)),
+        simulation_agreement=_agreement(expected, model.argmax(1)),
+        original_agreement=None if original is None else _agreement(model, predict(original, images).argmax(1)),
         file_top1=_top1(found, labels),
         exact_top1=_top1(exact, labels),
         simulation_top1=_top1(expected, labels),
@@ -197,8 +183,7 @@ def load(file: Path | bytes, exact: bool = False) -> tuple[Any, dict[str, int]]:
 
     Args:
         file: the file, or its content.
-        exact: take kernels that cannot saturate where the default ones could: on x86 without VNNI they make up to
-            twice the time of it.
+        exact: use kernels that cannot saturate; on x86 without VNNI they take up to twice the time.
 
     Raises:
         InputError: no such file, or not one that the installed ONNX Runtime can run.
@@ -242,11 +227,11 @@ def _run(session: Any, images: Tensor, path: Path) -> Tensor:
 
 
 def _top1(logits: Tensor, labels: Tensor | None) -> float | None:
-    return None if labels is None else _share(logits, labels.cpu())
+    return None if labels is None else _agreement(logits, labels.cpu())
 
 
-def _share(logits: Tensor, classes: Tensor) -> float:
-    """On how many images the logits choose these classes, in percent."""
+def _agreement(logits: Tensor, classes: Tensor) -> float:
+    """Share of the images on which the logits choose these classes, in percent."""
     return 100 * float((logits.argmax(1) == classes).float().mean())
 
 
@@ -256,7 +241,7 @@ def _add_float_engines(
     simulation: fx.GraphModule,
     image_shape: tuple[int, int, int],
 ) -> int | None:
-    """Add the network in floating point, in ONNX Runtime where it can be written, and in PyTorch; the file's size."""
+    """Add the FP32 network in PyTorch and, if it has an ONNX form, in ONNX Runtime; returns that file's size."""
     size = None
     try:
         content = float_model(simulation, shapes_of(simulation, image_shape)).SerializeToString()
@@ -274,8 +259,7 @@ def _add_float_engines(
 def latencies(engines: dict[str, Callable[[Tensor], Any]], images: Tensor) -> dict[str, dict[int, float]]:
     """Median milliseconds of each engine at each batch size, on one thread, caches warm.
 
-    Processor time is counted, so that what else the machine does stays out, and engines take turns, so that a change
-    of its clock slows all of them alike.
+    Processor time leaves out what else the machine does; engines take turns, so that a change of clock affects all.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -295,7 +279,7 @@ def latencies(engines: dict[str, Callable[[Tensor], Any]], images: Tensor) -> di
 
 
 def _turn(run: Callable[[Tensor], Any], batch: Tensor) -> list[float]:
-    """Seconds of each of several calls in a row, at least three, after one that warms the caches."""
+    """Seconds of each of at least three calls in a row, after one that warms the caches."""
     run(batch)
     started, times = time.perf_counter(), list[float]()
     while len(times) < 3 or time.perf_counter() - started < SECONDS:

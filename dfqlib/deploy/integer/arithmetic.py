@@ -1,4 +1,4 @@
-"""Codes: whole numbers in float32, relative to the zero point, on the grid of a quantizer."""
+"""Integer values: whole numbers in float32, relative to the zero point, in the scale of a quantizer."""
 
 from typing import Any
 
@@ -6,9 +6,6 @@ import torch
 from torch import Tensor
 
 from dfqlib.quantizer import StepQuantizer
-
-Grid = StepQuantizer
-"""The step and the range of a tensor's codes."""
 
 
 class RoundClamp(torch.autograd.Function):
@@ -27,14 +24,14 @@ class RoundClamp(torch.autograd.Function):
         return grads[0] * ((x >= low) & (x <= high)), None, None
 
 
-def to_codes(x: Tensor, grid: Grid, offset: int = 0) -> Tensor:
-    """Codes of ``x``, which is in units of the grid's step (and shifted by ``offset``, as the codes then are too)."""
-    return RoundClamp.apply(x, grid.qmin + offset, grid.qmax + offset)
+def to_integers(x: Tensor, quantizer: StepQuantizer, offset: int = 0) -> Tensor:
+    """Integer values of ``x / step + offset``; ``offset`` shifts the quantizer's range too."""
+    return RoundClamp.apply(x, quantizer.qmin + offset, quantizer.qmax + offset)
 
 
-def zero_point(grid: Grid) -> int:
-    """What a runtime adds to codes to keep them in unsigned 8-bit integers."""
-    return 128 if grid.signed else 0
+def zero_point(quantizer: StepQuantizer) -> int:
+    """What a runtime adds to signed integer values, which it keeps in unsigned bytes."""
+    return 128 if quantizer.signed else 0
 
 
 def multiply_add(x: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
