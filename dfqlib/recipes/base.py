@@ -2,23 +2,23 @@
 
 import dataclasses
 import difflib
-import math
 import textwrap
 from dataclasses import dataclass, field
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dfqlib import batchnorm, quantizer
+from dfqlib import batchnorm, quantizer, synthesis
 from dfqlib.deploy import integer
 from dfqlib.deploy.onnx import export_onnx
 from dfqlib.deploy.saving import save_quantized
 from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.evaluation.metrics import Comparison, agreement, compare
+from dfqlib.generators import Generator
 from dfqlib.network import graph
 from dfqlib.network.inference import Batches, predict
 from dfqlib.network.plain import plain
@@ -26,6 +26,17 @@ from dfqlib.spec import QuantSpec
 from dfqlib.training import channels_last
 
 ImageShape = tuple[int, int, int]
+
+IMAGES = 256
+"""How many images of a generator set the ranges, and how many the report holds."""
+
+LR_S = "learning rate of students from scratch, SGD with momentum 0.9 and weight decay 5e-4"
+STEP_LR = "learning rate of the quantizers' step sizes as a share of lr"
+OPTIMIZER = "of fine-tuning; SGD has momentum 0.9 and weight decay 5e-4"
+SCHEDULE = "of the students' learning rates: step divides them by ten after 0.4 and 0.8 of the epochs; cosine ends at 0"
+LOWER_BOUND = "smallest clip threshold as a share of max|x|, so that learned step sizes have room"
+CLIP = "criterion for the clip thresholds, see dfqlib.clipping"
+"""What settings of these names mean in several recipes."""
 
 
 @dataclass
@@ -193,6 +204,11 @@ def prepare_teacher(model: nn.Module, image_shape: ImageShape, device: torch.dev
     return channels_last(teacher), logits.shape[1]
 
 
+def generated_images(generator: Generator, count: int = IMAGES) -> Tensor:
+    """Images of a generator in eval mode, of balanced labels if it takes labels, (count, C, H, W)."""
+    return synthesis.from_generator(generator, count)[0]
+
+
 RECIPES_WITHOUT_BATCHNORM = ("dafl", "dfad", "equalize")
 RECIPES_WITH_IMAGES = ("calibrate", "real")
 """Need no BatchNorm either, given real images."""
@@ -221,30 +237,6 @@ def check_image_shape(image_shape: Any) -> None:
     whole = all(isinstance(side, Integral) and not isinstance(side, bool) and int(side) > 0 for side in sides)
     if len(sides) != 3 or not whole:
         raise InputError(f"image_shape={image_shape!r} must be (channels, height, width), for example (3, 32, 32)")
-
-
-def check_settings(settings: Any, **rules: tuple[float, float]) -> None:
-    """Raise InputError for the first field of a settings dataclass outside its (smallest, largest) value, or infinite.
-
-    A field declared ``int`` must be whole, one declared ``bool`` True or False and one declared ``Literal`` one of its
-    words, with or without a rule.
-    """
-    for item in dataclasses.fields(settings):
-        value = getattr(settings, item.name)
-        if get_origin(item.type) is Literal and value not in get_args(item.type):
-            words = " or ".join(f'"{word}"' for word in get_args(item.type))
-            raise InputError(f"{item.name}={value!r} must be {words}")
-        if item.type is bool and not isinstance(value, bool):
-            raise InputError(f"{item.name}={value!r} must be True or False")
-        if item.type is not int and item.name not in rules:
-            continue
-        low, high = rules.get(item.name, (-math.inf, math.inf))
-        kinds, kind = (int, "a whole number") if item.type is int else (int | float, "a number")
-        if isinstance(value, float) and math.isinf(value):
-            raise InputError(f"{item.name}={value!r} must be finite")
-        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-            bound = f" from {low} to {high}" if high < math.inf else f" of at least {low}" if low > -math.inf else ""
-            raise InputError(f"{item.name}={value!r} must be {kind}{bound}")
 
 
 def override(settings: Any, changes: dict[str, Any], recipe: str) -> Any:
