@@ -25,7 +25,7 @@ NEEDS_BATCHNORM = False
 class Settings(express.Synthesis):
     """Settings of calibrate; all but ``images`` and ``clip`` are express's and act only where images are made."""
 
-    images: int | Tensor = setting(  # type: ignore[assignment]
+    images: int | Tensor = setting(  # type: ignore[assignment]  # noqa: RUF009
         256, "how many to make, or the images themselves, (N, C, H, W), normalized like the data"
     )
     clip: Literal["max", "mse", "aciq", "kl"] = setting("mse", base.CLIP)

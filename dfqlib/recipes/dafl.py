@@ -1,8 +1,8 @@
 """DAFL (Chen et al., ICCV 2019): a generator trained by the teacher alone, and a student trained on its images.
 
 The generator G minimizes ``0.05 L_oh + 5 L_ie + 0.01 L_a`` over the teacher T's outputs t and features f, no BatchNorm
-needed. The terms favor images that T classifies with certainty, ``L_oh = CE(t, argmax t)``, equally many of each class,
-``L_ie = -H(mean_x p)``, and with large features, ``L_a = -mean|f|``, where f is the input of T's last layer. The student
+needed. The terms favor images that T classifies with certainty, ``L_oh = CE(t, argmax t)``, equally many of each
+class, ``L_ie = -H(mean_x p)``, and with large features, ``L_a = -mean|f|``, f the input of T's last layer. The student
 S minimizes ``KL(T(x) || S(x))`` on the same images. Algorithm 1 updates both in turn:
 
 - ``distill``: S is a smaller network, from scratch.

@@ -69,8 +69,8 @@ class Settings(BaseSettings):
     optimizer: Literal["sgd", "adam"] = setting("sgd", base.OPTIMIZER)
     schedule: Literal["step", "cosine"] = setting(
         "step",
-        "of the students' learning rates: step divides them by ten after 0.2 and 0.4 of the epochs, in distill G's too; "
-        "cosine lets them fall to zero",
+        "of the students' learning rates: step divides them (in distill also G's) by ten after 0.2 and 0.4 of the "
+        "epochs, cosine ends at 0",
     )
     bf16: bool = setting(False, BF16)
 

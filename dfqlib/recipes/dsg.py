@@ -57,9 +57,7 @@ class Settings(distillation.Tuning):
     synthesis_lr: float = setting(0.5, "their learning rate")
     patience: int = setting(100, "iterations without a lower loss after which synthesis_lr is divided by ten")
     synthesis_batch: int = setting(
-        256,
-        "images optimized together, at most; with enhancement, the largest multiple of the number of BatchNorm layers in it",
-        low=1,
+        256, "images optimized together, at most; with enhancement, a multiple of the number of BatchNorm layers", low=1
     )
     then: Literal["calibrate", "adaround", "fine-tune"] = setting(
         "fine-tune", "only set the ranges, choose each weight's rounding too, or fine-tune"

@@ -46,8 +46,7 @@ class Synthesis(BaseSettings):
     synthesis_lr: float = setting(0.1, "their learning rate, which falls to zero along a cosine")
     plateau: float = setting(
         0.01,
-        "end synthesis early, in its last quarter, once the loss falls by less than this share in 20 iterations; 0 never "
-        "does",
+        "end synthesis in its last quarter once 20 iterations lower the loss by less than this share; 0: never",
         high=1,
     )
     label_weight: float = setting(0.2, "weight of the label cross-entropy beside the BatchNorm loss")

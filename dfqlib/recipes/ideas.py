@@ -34,21 +34,21 @@ class Ideas(BaseSettings):
     superposed: float = setting(0.0, "probability that an image's label is a mixture of classes; Qimera's 0.4", high=1)
     hard_samples: float = setting(
         0.0,
-        "weight beta of HAST's (1 - p_y)^2 CE, in place of label_weight and the plain cross-entropy; HAST takes 10 with "
-        "squared BatchNorm losses, here 1 already keeps the statistics from matching: start at 0.2",
+        "weight beta of HAST's (1 - p_y)^2 CE, in place of label_weight and the plain cross-entropy; HAST's 10 is "
+        "for squared BatchNorm losses, here 1 already keeps the statistics from matching: start at 0.2",
     )
     adaptability: float = setting(
         0.0,
-        "weight of AdaDFQ's generator loss, in place of the label cross-entropy, in the second half of the images, which "
-        "do not set the ranges; AdaDFQ takes 1 with a generator that keeps learning, here start at 0.2",
+        "weight of AdaDFQ's generator loss, in place of the cross-entropy, in the second half of the images, which "
+        "does not set the ranges; AdaDFQ's 1 is for a generator that keeps learning, here start at 0.2",
     )
     low_pass: float = setting(
         0.0, "standard deviation, in pixels, of the blur of the finished images; SynQ's 0.05 to 0.25 at 32 pixels"
     )
     selective_labels: float = setting(
         0.0,
-        "the student also learns the labels of images whose difficulty 1 - p_y is below this threshold, measured once on "
-        "the whole image (in SynQ at each batch); SynQ's 0.5 to 0.7",
+        "the student also learns the labels of images whose difficulty 1 - p_y is below this threshold, measured once "
+        "on the whole image (in SynQ at each batch); SynQ's 0.5 to 0.7",
         high=1,
     )
     student_label_weight: float = setting(0.05, "weight of the cross-entropy with these labels; SynQ's 0.005 to 5")

@@ -29,7 +29,7 @@ NEEDS_BATCHNORM = False
 class Settings(distillation.QuantizedTuning):
     """Settings of real: the images, and express's from calibration on."""
 
-    images: Tensor | None = setting(None, "images to tune on, (N, C, H, W), normalized like the data; required")
+    images: Tensor | None = setting(None, "images to tune on, (N, C, H, W), normalized like the data")  # noqa: RUF009
     calibration_images: int = setting(256, "images that set the ranges, spread evenly over all", low=1)
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import textwrap
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from dfqlib.errors import InputError
@@ -50,7 +51,10 @@ class BaseSettings:
             fields[name] = value
         kinds = get_type_hints(cls)
         cls.meanings = {name: _meaning(item, kinds[name]) for name, item in fields.items()}
-        listed = [f"    {name}: {meaning}." for name, meaning in cls.meanings.items()]
+        listed = [
+            textwrap.fill(f"{name}: {meaning}.", 120, initial_indent="    ", subsequent_indent="        ")
+            for name, meaning in cls.meanings.items()
+        ]
         cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *listed])
 
     def __post_init__(self: Any) -> None:

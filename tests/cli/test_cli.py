@@ -226,7 +226,7 @@ def test_ctrl_c_before_the_work_leaves_nothing(
 @pytest.fixture
 def refused(dfq: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The message of an error; the work has not begun and nothing was written."""
-    monkeypatch.setattr(recipes, "_Run", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(recipes, "_run", lambda *_, **__: pytest.fail("the work began"))
 
     def run(*arguments: Any) -> str:
         before = sorted(tmp_path.rglob("*"))

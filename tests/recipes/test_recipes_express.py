@@ -150,7 +150,7 @@ def test_the_share_says_how_many_labels_are_mixed() -> None:
 def test_superposed_images_lie_between_classes(teacher: nn.Module, task: Task) -> None:
     between = express.Settings(images=20, synthesis_steps=60, superposed=1.0, label_weight=2.0)
     single = express.Settings(images=20, synthesis_steps=60, label_weight=2.0)
-    mixtures = express.wanted_labels(task, between)
+    mixtures = express.wanted_labels(task, 20, between)
     logits = [predict(teacher, express.synthesize(task, settings)) for settings in (between, single)]
     near, far = (float(losses.difficulty(shown, mixtures).mean()) for shown in logits)
     assert near < far
