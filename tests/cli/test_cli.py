@@ -304,7 +304,7 @@ def test_a_file_to_resume_from_that_is_something_else(dfq: Callable[..., Result]
     (tmp_path / "run.ckpt").write_bytes(b"something else")
     result = dfq(*DIGITS, "--output", tmp_path / "q.pt", "--resume", tmp_path / "run.ckpt")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "is not a checkpoint of a dfqlib run; name another file or remove it" in result.err
+    assert "is not the resume file of a dfqlib run; name another file or remove it" in result.err
     assert (tmp_path / "run.ckpt").read_bytes() == b"something else"
     assert not (tmp_path / "q.pt").exists()
 

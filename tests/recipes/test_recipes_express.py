@@ -82,8 +82,8 @@ def test_all_ideas_are_off_by_default_in_every_budget_and_go_together(teacher: n
 
 def test_a_run_with_everything_is_resumed_where_it_stopped(teacher: nn.Module, tmp_path: Any) -> None:
     everything = {name: value for flag in FLAGS.values() for name, value in flag.items()}
-    whole = run(teacher, **everything, checkpoint=tmp_path / "run.pt")
-    again = run(teacher, **everything, checkpoint=tmp_path / "run.pt")
+    whole = run(teacher, **everything, resume=tmp_path / "run.pt")
+    again = run(teacher, **everything, resume=tmp_path / "run.pt")
     assert same(whole.model, again.model)
     assert torch.equal(whole.images, again.images)
     assert whole.history == again.history
