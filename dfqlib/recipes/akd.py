@@ -45,16 +45,8 @@ from dfqlib.generators import AkdGenerator
 from dfqlib.recipes import base
 from dfqlib.recipes.base import Outcome
 from dfqlib.spec import QuantSpec
-from dfqlib.training.adversarial import (
-    AdversarialTraining,
-    StudentLogits,
-    Trainee,
-    decayed,
-    from_scratch,
-    quantized,
-    reinitialized,
-    trained_by_adam,
-)
+from dfqlib.training import adversarial
+from dfqlib.training.adversarial import AdversarialTraining, Student, StudentLogits, Trainee
 from dfqlib.training.settings import BF16, BaseSettings, setting
 from dfqlib.training.task import Task, calibrated_student
 
@@ -134,9 +126,10 @@ def distill(task: Task, student: nn.Module, settings: Settings) -> Outcome:
     """Warm-up of the generators, then generators and students in turn, the students from scratch."""
     generators = make_generators(task, settings)
     warm_up(task, generators, settings)
-    networks = [student, *(reinitialized(student) for _ in range(settings.students - 1))]
+    networks = [student, *(adversarial.reinitialized(student) for _ in range(settings.students - 1))]
     students = [
-        from_scratch(network, settings.lr_s, "cosine", settings.student_updates, nesterov=True) for network in networks
+        adversarial.from_scratch(network, settings.lr_s, "cosine", settings.student_updates, nesterov=True)
+        for network in networks
     ]
     train(task, "distillation", generators, students, settings)
     return Outcome(student, images_of(generators))
@@ -148,7 +141,9 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     warm_up(task, generators, settings)
     calibrated = calibrated_student(task, spec, images_of(generators), lower_bound=settings.lower_bound)
     rates = (settings.optimizer, settings.lr, settings.step_lr, "cosine", settings.student_updates)
-    students = [quantized(copy.deepcopy(calibrated), *rates, nesterov=True) for _ in range(settings.students)]
+    students = [
+        adversarial.quantized(copy.deepcopy(calibrated), *rates, nesterov=True) for _ in range(settings.students)
+    ]
     train(task, "fine-tuning", generators, students, settings)
     return Outcome(students[0].network, images_of(generators), calibrated)
 
@@ -158,7 +153,7 @@ def make_generators(task: Task, settings: Settings) -> list[Trainee[AkdGenerator
     task.session.reseed("generators")
     _check_memory(task, settings)
     return [
-        trained_by_adam(task, AkdGenerator(task.image_shape, settings.latent), settings.lr_g)
+        adversarial.trained_by_adam(task, AkdGenerator(task.image_shape, settings.latent), settings.lr_g)
         for _ in range(settings.generators)
     ]
 
@@ -176,11 +171,7 @@ def warm_up(task: Task, generators: Sequence[Trainee[AkdGenerator]], settings: S
 
 
 def train(
-    task: Task,
-    phase: str,
-    generators: Sequence[Trainee[AkdGenerator]],
-    students: Sequence[Trainee[nn.Module]],
-    settings: Settings,
+    task: Task, phase: str, generators: Sequence[Trainee[AkdGenerator]], students: Sequence[Student], settings: Settings
 ) -> None:
     """Every generator against every student."""
 
@@ -189,7 +180,7 @@ def train(
 
     rounds = settings.student_updates // settings.student_steps
     if settings.schedule_g == "cosine":
-        generators = [replace(g, schedule=decayed(g.optimizer, "cosine", rounds)) for g in generators]
+        generators = [replace(g, schedule=adversarial.decayed(g.optimizer, "cosine", rounds)) for g in generators]
     with BatchNormProbe(task.teacher) as probe:
         AdversarialTraining(
             task, generators, students, settings.batch, generator_loss, losses.distillation_loss,

@@ -18,14 +18,14 @@ from dfqlib.deploy.onnx import export_onnx
 from dfqlib.deploy.saving import save_quantized
 from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.evaluation.metrics import Comparison, agreement, compare
-from dfqlib.generators import Generator
+from dfqlib.generators import Generator, UnconditionalGenerator
 from dfqlib.network import graph
 from dfqlib.network.inference import Batches, predict
 from dfqlib.network.plain import plain
 from dfqlib.spec import QuantSpec
 from dfqlib.training import channels_last
-
-ImageShape = tuple[int, int, int]
+from dfqlib.training.adversarial import Trainee, trained_by_adam
+from dfqlib.training.task import ImageShape, Task
 
 IMAGES = 256
 """How many images of a generator set the ranges, and how many the report holds."""
@@ -196,6 +196,12 @@ def prepare_teacher(model: nn.Module, image_shape: ImageShape, device: torch.dev
             "(x[:, 0] = ...); write those lines out of place"
         )
     return channels_last(teacher), logits.shape[1]
+
+
+def make_generator(task: Task, latent: int, lr: float) -> Trainee[Generator]:
+    """A new unconditional generator, and the Adam that trains it through all phases."""
+    task.session.reseed("generator")
+    return trained_by_adam(task, UnconditionalGenerator(task.image_shape, latent), lr)
 
 
 def generated_images(generator: Generator, count: int = IMAGES) -> Tensor:

@@ -25,18 +25,12 @@ from torch import Tensor, nn
 
 from dfqlib import losses
 from dfqlib.errors import InputError
-from dfqlib.generators import UnconditionalGenerator
+from dfqlib.generators import Generator
 from dfqlib.recipes import base
 from dfqlib.recipes.base import Outcome
 from dfqlib.spec import QuantSpec
-from dfqlib.training.adversarial import (
-    AdversarialTraining,
-    StudentLogits,
-    Trainee,
-    from_scratch,
-    quantized,
-    trained_by_adam,
-)
+from dfqlib.training import adversarial
+from dfqlib.training.adversarial import AdversarialTraining, Student, StudentLogits, Trainee
 from dfqlib.training.settings import BF16, BaseSettings, setting
 from dfqlib.training.task import Task, calibrated_student
 
@@ -92,39 +86,30 @@ BUDGETS = {
 
 def distill(task: Task, student: nn.Module, settings: Settings) -> Outcome:
     """Algorithm 1: generator and student in turn."""
-    generator = make_generator(task, settings)
+    generator = base.make_generator(task, settings.latent, settings.lr_g)
     updates = settings.distill_epochs * settings.iterations
-    trainee = from_scratch(student, settings.lr_s, settings.schedule, updates)
+    trainee = adversarial.from_scratch(student, settings.lr_s, settings.schedule, updates)
     train(task, "distillation", updates, generator, [trainee], settings)
     return Outcome(student, base.generated_images(generator.network))
 
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     """The generator alone, ranges from its images, then generator and quantized student in turn."""
-    generator = make_generator(task, settings)
+    generator = base.make_generator(task, settings.latent, settings.lr_g)
     train(task, "warm-up", settings.warm_up_epochs * settings.iterations, generator, [], settings)
     images = base.generated_images(generator.network)
     calibrated = calibrated_student(task, spec, images, lower_bound=settings.lower_bound)
     student = copy.deepcopy(calibrated)
     updates = settings.epochs * settings.iterations
-    trainee = quantized(student, settings.optimizer, settings.lr, settings.step_lr, settings.schedule, updates)
+    trainee = adversarial.quantized(
+        student, settings.optimizer, settings.lr, settings.step_lr, settings.schedule, updates
+    )
     train(task, "fine-tuning", updates, generator, [trainee], settings)
     return Outcome(student, base.generated_images(generator.network), calibrated)
 
 
-def make_generator(task: Task, settings: Settings) -> Trainee[UnconditionalGenerator]:
-    """A new G and its Adam."""
-    task.session.reseed("generator")
-    return trained_by_adam(task, UnconditionalGenerator(task.image_shape, settings.latent), settings.lr_g)
-
-
 def train(
-    task: Task,
-    phase: str,
-    rounds: int,
-    generator: Trainee[UnconditionalGenerator],
-    students: list[Trainee[nn.Module]],
-    settings: Settings,
+    task: Task, phase: str, rounds: int, generator: Trainee[Generator], students: list[Student], settings: Settings
 ) -> None:
     """Rounds of an update of G by the teacher's outputs and features, and one of the student, if there is one."""
 

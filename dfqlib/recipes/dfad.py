@@ -21,20 +21,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dfqlib import losses
-from dfqlib.generators import UnconditionalGenerator
+from dfqlib.generators import Generator
 from dfqlib.recipes import base
 from dfqlib.recipes.base import Outcome
 from dfqlib.spec import QuantSpec
-from dfqlib.training.adversarial import (
-    AdversarialTraining,
-    StudentLogits,
-    Trainee,
-    decayed,
-    from_scratch,
-    quantized,
-    reinitialized,
-    trained_by_adam,
-)
+from dfqlib.training import adversarial
+from dfqlib.training.adversarial import AdversarialTraining, Student, StudentLogits, Trainee
 from dfqlib.training.settings import BF16, BaseSettings, setting
 from dfqlib.training.task import Task, calibrated_student
 
@@ -86,54 +78,42 @@ BUDGETS = {
 
 def distill(task: Task, student: nn.Module, settings: Settings) -> Outcome:
     """Algorithm 1: five updates of the student for one of the generator."""
-    generator = make_generator(task, settings)
+    generator = base.make_generator(task, settings.latent, settings.lr_g)
     if settings.schedule == "step":
         updates = settings.distill_epochs * settings.iterations
-        generator = replace(generator, schedule=decayed(generator.optimizer, "step", updates, MILESTONES))
+        generator = replace(generator, schedule=adversarial.decayed(generator.optimizer, "step", updates, MILESTONES))
     train_from_scratch(task, "distillation", settings.distill_epochs, generator, student, settings)
     return Outcome(student, base.generated_images(generator.network))
 
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     """The generator against a tool student, ranges from its images, then against the quantized student."""
-    generator = make_generator(task, settings)
-    train_from_scratch(task, "warm-up", settings.warm_up_epochs, generator, reinitialized(task.teacher), settings)
+    generator = base.make_generator(task, settings.latent, settings.lr_g)
+    train_from_scratch(
+        task, "warm-up", settings.warm_up_epochs, generator, adversarial.reinitialized(task.teacher), settings
+    )
     images = base.generated_images(generator.network)
     calibrated = calibrated_student(task, spec, images, lower_bound=settings.lower_bound)
     student = copy.deepcopy(calibrated)
     updates = settings.epochs * settings.iterations * settings.student_steps
-    trainee = quantized(student, settings.optimizer, settings.lr, settings.step_lr, settings.schedule, updates)
+    trainee = adversarial.quantized(
+        student, settings.optimizer, settings.lr, settings.step_lr, settings.schedule, updates
+    )
     train(task, "fine-tuning", settings.epochs, generator, trainee, settings)
     return Outcome(student, base.generated_images(generator.network), calibrated)
 
 
-def make_generator(task: Task, settings: Settings) -> Trainee[UnconditionalGenerator]:
-    """A new G and its Adam."""
-    task.session.reseed("generator")
-    return trained_by_adam(task, UnconditionalGenerator(task.image_shape, settings.latent), settings.lr_g)
-
-
 def train_from_scratch(
-    task: Task,
-    phase: str,
-    epochs: int,
-    generator: Trainee[UnconditionalGenerator],
-    student: nn.Module,
-    settings: Settings,
+    task: Task, phase: str, epochs: int, generator: Trainee[Generator], student: nn.Module, settings: Settings
 ) -> None:
     """G and a student with random weights, both in place."""
     updates = epochs * settings.iterations * settings.student_steps
-    trainee = from_scratch(student, settings.lr_s, settings.schedule, updates, milestones=MILESTONES)
+    trainee = adversarial.from_scratch(student, settings.lr_s, settings.schedule, updates, milestones=MILESTONES)
     train(task, phase, epochs, generator, trainee, settings)
 
 
 def train(
-    task: Task,
-    phase: str,
-    epochs: int,
-    generator: Trainee[UnconditionalGenerator],
-    student: Trainee[nn.Module],
-    settings: Settings,
+    task: Task, phase: str, epochs: int, generator: Trainee[Generator], student: Student, settings: Settings
 ) -> None:
     """Rounds of one update of G, which ascends the student's loss, and ``student_steps`` of the student."""
 

@@ -32,19 +32,12 @@ from torch import Tensor, nn
 from dfqlib import losses
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
-from dfqlib.generators import UnconditionalGenerator
+from dfqlib.generators import Generator
 from dfqlib.recipes import base
 from dfqlib.recipes.base import Outcome
 from dfqlib.spec import QuantSpec
-from dfqlib.training.adversarial import (
-    AdversarialTraining,
-    StudentLogits,
-    Trainee,
-    from_scratch,
-    quantized,
-    reinitialized,
-    trained_by_adam,
-)
+from dfqlib.training import adversarial
+from dfqlib.training.adversarial import AdversarialTraining, Student, StudentLogits, Trainee
 from dfqlib.training.settings import BF16, BaseSettings, setting
 from dfqlib.training.task import Task, calibrated_student
 
@@ -102,8 +95,8 @@ BUDGETS = {
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     """Algorithm 2: warm-up with a tool student, calibration, fine-tuning."""
-    generator = make_generator(task, settings)
-    train_both(task, "warm-up", generator, reinitialized(task.teacher), settings.warm_up_epochs, settings)
+    generator = base.make_generator(task, settings.latent, settings.lr_g)
+    train_both(task, "warm-up", generator, adversarial.reinitialized(task.teacher), settings.warm_up_epochs, settings)
     images = base.generated_images(generator.network)
     calibrated = calibrated_student(task, spec, images, method=settings.clip, lower_bound=settings.lower_bound)
     student = copy.deepcopy(calibrated)
@@ -113,51 +106,41 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
 
 def distill(task: Task, student: nn.Module, settings: Settings) -> Outcome:
     """Algorithm 1: generator and student in turn."""
-    generator = make_generator(task, settings)
+    generator = base.make_generator(task, settings.latent, settings.lr_g)
     train_both(task, "distillation", generator, student, settings.distill_epochs, settings)
     return Outcome(student, base.generated_images(generator.network))
 
 
-def make_generator(task: Task, settings: Settings) -> Trainee[UnconditionalGenerator]:
-    """A new G and the Adam that trains it through all phases."""
-    task.session.reseed("generator")
-    return trained_by_adam(task, UnconditionalGenerator(task.image_shape, settings.latent), settings.lr_g)
-
-
 def train_both(
-    task: Task,
-    phase: str,
-    generator: Trainee[UnconditionalGenerator],
-    student: nn.Module,
-    epochs: int,
-    settings: Settings,
+    task: Task, phase: str, generator: Trainee[Generator], student: nn.Module, epochs: int, settings: Settings
 ) -> None:
     """Algorithm 1: G and a student from scratch in turn, both in place."""
     updates = epochs * settings.iterations
-    trainee = from_scratch(student, settings.lr_s, settings.schedule, updates)
-    train(task, phase, generator, trainee, updates, settings, adversarial=True)
+    trainee = adversarial.from_scratch(student, settings.lr_s, settings.schedule, updates)
+    train(task, phase, generator, trainee, updates, settings)
 
 
-def fine_tune(task: Task, generator: Trainee[UnconditionalGenerator], student: nn.Module, settings: Settings) -> None:
+def fine_tune(task: Task, generator: Trainee[Generator], student: nn.Module, settings: Settings) -> None:
     """Algorithm 2, last step: the calibrated student, in place, with G fixed or as its adversary."""
     updates = settings.epochs * settings.iterations
     student.train(settings.student_bn == "train")
-    trainee = quantized(student, settings.optimizer, settings.lr, settings.step_lr, settings.schedule, updates)
-    adversarial = settings.generator == "adversarial"
-    train(task, "fine-tuning", generator, trainee, updates, settings, adversarial=adversarial)
+    trainee = adversarial.quantized(
+        student, settings.optimizer, settings.lr, settings.step_lr, settings.schedule, updates
+    )
+    fixed = settings.generator == "fixed"
+    train(task, "fine-tuning", generator, trainee, updates, settings, fixed=fixed)
 
 
 def train(
     task: Task,
     phase: str,
-    generator: Trainee[UnconditionalGenerator],
-    student: Trainee[nn.Module],
+    generator: Trainee[Generator],
+    student: Student,
     rounds: int,
     settings: Settings,
-    *,
-    adversarial: bool,
+    fixed: bool = False,
 ) -> None:
-    """Rounds of an update of G by Eq. 9, if it is ``adversarial``, and one of the student by Eq. 2."""
+    """Rounds of an update of G by Eq. 9, unless it is ``fixed``, and one of the student by Eq. 2."""
 
     def generator_loss(target: Tensor, student_logits: StudentLogits) -> Tensor:
         return losses.dfqf_generator_loss(
@@ -166,6 +149,6 @@ def train(
 
     with BatchNormProbe(task.teacher) as probe:
         AdversarialTraining(
-            task, [generator], [student], settings.batch, generator_loss if adversarial else None,
+            task, [generator], [student], settings.batch, None if fixed else generator_loss,
             losses.distillation_loss, bf16=settings.bf16,
         ).run(phase, rounds)  # fmt: skip

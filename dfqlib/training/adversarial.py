@@ -60,6 +60,9 @@ class Trainee(Generic[Network]):
             self.schedule.step()
 
 
+Student = Trainee[nn.Module]
+
+
 @dataclass(frozen=True)
 class AdversarialTraining:
     """Generators and students trained in turn, in place.
@@ -77,7 +80,7 @@ class AdversarialTraining:
 
     task: Task
     generators: Sequence[Trainee[Generator]]
-    students: Sequence[Trainee[nn.Module]]
+    students: Sequence[Student]
     batch: int
     generator_loss: GeneratorLoss | None
     student_loss: StudentLoss
@@ -112,7 +115,7 @@ class AdversarialTraining:
         generator.update(loss)
         return (images.detach(), target.detach()), loss
 
-    def student_update(self, student: Trainee[nn.Module], batches: Sequence[Batch]) -> Tensor:
+    def student_update(self, student: Student, batches: Sequence[Batch]) -> Tensor:
         """Update a student on a batch of each generator; returns its loss."""
         loss = mean([self.student_loss(self.logits(student, images), target) for images, target in batches])
         student.update(loss)
@@ -124,7 +127,7 @@ class AdversarialTraining:
             images = generator.network.sample(self.batch).float()
             return images, self.task.teacher(images).float()
 
-    def logits(self, student: Trainee[nn.Module], images: Tensor) -> Tensor:
+    def logits(self, student: Student, images: Tensor) -> Tensor:
         """A student's logits of these images."""
         with mixed_precision(self.task.device, self.bf16):
             return (student.faster or student.network)(images).float()
@@ -156,7 +159,7 @@ def from_scratch(
     *,
     milestones: Sequence[float] = MILESTONES,
     nesterov: bool = False,
-) -> Trainee[nn.Module]:
+) -> Student:
     """A student with random weights, in training mode, and the papers' SGD (momentum 0.9, weight decay 5e-4)."""
     sgd = torch.optim.SGD(student.train().parameters(), lr, MOMENTUM, weight_decay=DECAY, nesterov=nesterov)
     return Trainee(student, sgd, decayed(sgd, schedule, updates, milestones))
@@ -171,7 +174,7 @@ def quantized(
     updates: int,
     *,
     nesterov: bool = False,
-) -> Trainee[nn.Module]:
+) -> Student:
     """A calibrated student, its mode unchanged; its step sizes learn at the share ``step_lr`` of ``lr``."""
     groups = quantizer.parameter_groups(student, lr, lr * step_lr)
     descent = make_optimizer(optimizer, groups, lr, momentum=MOMENTUM, weight_decay=DECAY, nesterov=nesterov)

@@ -288,7 +288,7 @@ def test_dafl_terms_can_be_switched_off(teacher: nn.Module, weight: str) -> None
 
 def test_dfad_generator_ascends_what_the_student_descends(task: Task) -> None:
     settings = dfad.Settings(**{**SHORT["dfad"], "lr_g": 1e-2, "batch": 16, "iterations": 20})
-    generator = dfad.make_generator(task, settings)
+    generator = base.make_generator(task, settings.latent, settings.lr_g)
     frozen = Plain()
     student = Trainee[nn.Module](frozen, torch.optim.SGD(frozen.parameters(), 0.0))
     dfad.train(task, "ascent", 1, generator, student, settings)

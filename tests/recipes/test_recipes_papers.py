@@ -14,7 +14,8 @@ from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.models.resnet import ResNet, projection_shortcut
 from dfqlib.network.inference import Batches
-from dfqlib.recipes import dfqf, gdfq, zeroq
+from dfqlib.recipes import base, dfqf, gdfq, zeroq
+from dfqlib.training import adversarial
 from dfqlib.training.numerics import descend, make_optimizer
 from dfqlib.training.task import Task
 
@@ -247,12 +248,12 @@ def test_dfqf_tool_student_has_forgotten_the_teacher(task: Task) -> None:
             self.scale = nn.Parameter(torch.arange(100.0))
 
     before = weights(task.teacher)
-    tool = dfqf.reinitialized(task.teacher)
+    tool = adversarial.reinitialized(task.teacher)
     assert same(weights(task.teacher), before)
     assert dfqlib.agreement(tool, task.teacher, torch.randn(200, *SHAPE)) < 40
     assert all(p.requires_grad for p in tool.parameters())
     assert float(statistics(tool).abs().max()) == 0
-    own, shuffled = Scaled(), dfqf.reinitialized(Scaled())
+    own, shuffled = Scaled(), adversarial.reinitialized(Scaled())
     assert not torch.equal(own.scale, shuffled.get_parameter("scale"))
     assert torch.equal(own.scale, shuffled.get_parameter("scale").sort().values)
 
@@ -260,7 +261,7 @@ def test_dfqf_tool_student_has_forgotten_the_teacher(task: Task) -> None:
 @pytest.mark.parametrize("mode", ["fixed", "adversarial"])
 def test_dfqf_generator_is_fixed_or_goes_on_as_the_adversary(task: Task, mode: Any) -> None:
     settings = dfqf.Settings(**{**SHORT["dfqf"], "generator": mode})
-    generator = dfqf.make_generator(task, settings)
+    generator = base.make_generator(task, settings.latent, settings.lr_g)
     before = weights(generator.network)
     student = quantizer.quantize_layers(task.teacher, dfqlib.QuantSpec()).requires_grad_(True)
     quantizer.calibrate(student, torch.randn(16, *SHAPE))
