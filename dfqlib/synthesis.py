@@ -16,7 +16,7 @@ from dfqlib import training
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.generators import Generator
 from dfqlib.training import Session, mixed_precision
-from dfqlib.training.session import LOOK_EVERY, Stateful
+from dfqlib.training.session import LOG_EVERY, Stateful
 
 Losses = Mapping[str, Tensor]
 Objective = Callable[[Tensor, Tensor, BatchNormProbe, Tensor], Losses]
@@ -24,7 +24,7 @@ Objective = Callable[[Tensor, Tensor, BatchNormProbe, Tensor], Losses]
 Schedule = LRScheduler | ReduceLROnPlateau
 MakeOptimizer = Callable[[list[nn.Parameter]], tuple[Optimizer, Schedule]]
 
-PLATEAU = 2 * LOOK_EVERY
+PLATEAU = 2 * LOG_EVERY
 """Iterations over which a loss is averaged to decide whether it still falls."""
 
 
@@ -103,7 +103,7 @@ def _is_flat(share: float, steps: int, rows: list[dict[str, Any]]) -> bool:
     """
     if rows[-1]["step"] < 0.75 * steps:
         return False
-    count = PLATEAU // LOOK_EVERY
+    count = PLATEAU // LOG_EVERY
     values = [row["loss"] for row in rows]
     return len(values) >= 2 * count and sum(values[-count:]) > (1 - share) * sum(values[-2 * count : -count])
 

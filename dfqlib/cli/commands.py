@@ -1,7 +1,7 @@
-"""What the commands of the command line do, once their arguments have been read.
+"""The commands of the command line.
 
-Whatever can be wrong is looked at before the minutes of work: the output path, the recipe's settings, the
-checkpoint, the images to evaluate on. What was made is written before it is evaluated.
+The output path, the recipe's settings, the checkpoint and the images to evaluate on are checked before the minutes of
+work. The result is written before it is evaluated.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import ast
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,22 @@ from dfqlib.spec import QuantSpec
 from dfqlib.training.files import check_writable
 
 INTEGER_SHARE = 0.2
-"""Share of fine-tuning done in integers when the result leaves as integers."""
+"""Default ``integer_share`` of express when the output is ONNX."""
 COMPARED = ("top-1 %", "difference", "agreement %", "seconds")
 NAMED_LAYERS = 4
-"""Up to so many layers with narrowed channels are named one by one."""
+"""Most layers with 7-bit channels that are named one by one."""
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the original network says to the evaluation images: ``chosen`` and ``labels`` have shape (N,)."""
+    """The original network's classes of the evaluation images, and the true ones, each of shape (N,)."""
 
     loader: Batches
     chosen: Tensor
     labels: Tensor
 
     def figures(self, model: nn.Module | None = None) -> list[str]:
-        """The columns COMPARED but the last for a network, or for the original itself."""
+        """The columns COMPARED except the last, for a network or, with None, for the original."""
         chosen = self.chosen if model is None else predict_classes(model, self.loader)[0]
         found = compare_classes(chosen, self.chosen, self.labels)
         change = f"{found.difference:+.2f} ± {found.standard_error:.2f}"
@@ -82,18 +82,16 @@ def quantize(options: argparse.Namespace) -> int:
         subject.model, subject.image_shape, spec, recipe=options.recipe, budget=options.budget, seed=options.seed,
         progress=not options.quiet, resume=options.resume, **settings,
     )  # fmt: skip
-    narrowed, covered = "", report.coverage()
+    facts = f"{report.coverage()}{_in_integers(report)}{_narrowed(report.model)}"
     if as_integers:
         export_onnx(report, options.output, subject.image_shape, options.container)
-        narrowed = _narrowed(report.model)
-        # What the table says is what the file does.
-        report = replace(report, model=integer_network(report, subject.image_shape))
+        report = replace(report, model=integer_network(report, subject.image_shape))  # the table is of the file
     else:
         save_quantized(
             report, options.output, arch=subject.arch, mean=subject.mean, std=subject.std, classes=subject.classes
         )
     if report.interrupted:
-        again = f"; the same command goes on from {options.resume}" if options.resume else ""
+        again = f"; the same command resumes from {options.resume}" if options.resume else ""
         print(f"dfqlib: interrupted; {options.output} has what was done{again}", file=sys.stderr)
         return 130
     print(
@@ -101,22 +99,22 @@ def quantize(options: argparse.Namespace) -> int:
         f"skip {spec.skip}; {options.recipe} ({options.budget}), seed {options.seed}\n"
     )
     print(summary(report, subject.model, reference, options.evaluate))
-    print(f"\n{covered}")
+    print(f"\n{facts}")
     reader = "an integer network for ONNX Runtime" if as_integers else "read it with dfqlib.load_quantized"
-    print(f"\nwritten: {options.output} ({options.output.stat().st_size / 1e6:.2f} MB; {reader}){narrowed}")
+    print(f"\nwritten: {options.output} ({options.output.stat().st_size / 1e6:.2f} MB; {reader})")
     return 0
 
 
-def _usable_threads(asked: int) -> int:
-    """No more than there are cores: more would wait for one another, and very many end the process."""
+def _usable_threads(threads: int) -> int:
+    """At most one thread per core: more would wait for one another, and very many end the process."""
     cores = os.cpu_count() or 1
-    if asked > cores:
-        print(f"dfqlib: --threads {asked}: this machine has {cores} cores, {cores} threads are used", file=sys.stderr)
-    return min(asked, cores)
+    if threads > cores:
+        print(f"dfqlib: --threads {threads}: this machine has {cores} cores, {cores} threads are used", file=sys.stderr)
+    return min(threads, cores)
 
 
 def _check_images(options: argparse.Namespace) -> None:
-    """Whether the recipe takes real images, and has some where it cannot do without."""
+    """Refuse real images for a recipe that takes none, and no images for one that needs some."""
     if options.images is not None and options.recipe not in RECIPES_WITH_IMAGES:
         able = " and ".join(RECIPES_WITH_IMAGES)
         raise InputError(f"--images={options.images}: --recipe {options.recipe} makes its own; {able} take some")
@@ -125,7 +123,7 @@ def _check_images(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> int:
-    """``dfqlib export``: a saved network as an integer file, checked on images where there are some."""
+    """``dfqlib export``: write a saved network as an integer file, and check it on the images of ``--evaluate``."""
     _check_files(options)
     model = None
     if options.arch is not None:
@@ -147,9 +145,22 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _in_integers(report: Report) -> str:
+    """The share of fine-tuning computed in integers, as a line of its own; empty for recipes without the setting."""
+    share = report.settings.get("integer_share")
+    return (
+        ""
+        if share is None
+        else f"\nfine-tuned in integers, as an exported file computes: {share:.0%} of the iterations"
+    )
+
+
 def _narrowed(network: nn.Module) -> str:
     """What an exported file of ``network`` stores in 7 bits, as a line of its own; empty if nothing."""
-    counts = integer.narrowed(network)
+    try:
+        counts = integer.narrowed(network)
+    except InputError:  # it has no integer form
+        return ""
     if not counts:
         return ""
     total = f"{sum(counts.values())} in {len(counts)} layers"
@@ -167,12 +178,17 @@ def list_models(_: argparse.Namespace) -> int:
     return 0
 
 
-def list_recipes(_: argparse.Namespace) -> int:
-    """``dfqlib recipes``: what each does, and its settings in the quick budget."""
-    for name in recipes.names():
+def list_recipes(options: argparse.Namespace) -> int:
+    """``dfqlib recipes``: what each does, and its settings in the quick budget; of one recipe also what they mean."""
+    for name in [options.name] if options.name else recipes.names():
         method, settings = recipes.find(name, "quantize", "quick", {})
+        values = [f"{key}={value}" for key, value in vars(settings).items()]
         print(f"{name}: {(method.__doc__ or '').splitlines()[0]}")
-        print(f"    {' '.join(f'{key}={value}' for key, value in asdict(settings).items())}")
+        if options.name:
+            meanings = [[f"    {value}", settings.meanings[value.partition("=")[0]]] for value in values]
+            print(_table(meanings))
+        else:
+            print(f"    {' '.join(values)}")
     return 0
 
 
@@ -185,7 +201,7 @@ def _check_files(options: argparse.Namespace) -> None:
 
 
 def read_settings(texts: Iterable[str], recipe: str, budget: str) -> dict[str, Any]:
-    """``["steps=20", "bf16=false"]`` as the settings of a recipe, each of the type that its default has.
+    """Read ``["steps=20", "bf16=false"]`` as settings of a recipe, each of its default's type.
 
     Raises:
         InputError: no NAME=VALUE, a value of another type or out of range, an unknown name, recipe or budget.
@@ -202,7 +218,7 @@ def read_settings(texts: Iterable[str], recipe: str, budget: str) -> dict[str, A
 
 
 def _parsed(text: str, default: Any) -> Any:
-    """The value that ``text`` means for a setting; of the wrong type it stays text, which the recipe then refuses."""
+    """The value of ``text`` for a setting; what cannot be read stays text, which the recipe then refuses."""
     if isinstance(default, str):
         return text
     try:
@@ -233,7 +249,7 @@ def summary(report: Report, teacher: nn.Module, reference: _Reference | None, da
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text, the first column and long texts flush left, figures flush right."""
+    """Rows as text, the first column and long texts aligned left, numbers right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = ["<" if index == 0 or width > 20 else ">" for index, width in enumerate(widths)]
     lines = ("   ".join(f"{c:{a}{w}}" for c, a, w in zip(row, align, widths, strict=True)) for row in rows)

@@ -25,7 +25,7 @@ examples:
   dfqlib quantize my.pt --arch mynet:build --image-shape 3,64,64 --output q.pt
       an architecture of yours: build() in mynet.py makes the network
   dfqlib export q.pt --output q.onnx --evaluate digits
-      that network as integers for ONNX Runtime; quantize --output q.onnx does both
+      that network as integers for ONNX Runtime; quantize --output q.onnx also fine-tunes the last fifth in integers
   dfqlib rerun notebooks/07_w4a4_fine_tuning.ipynb -p bits w3a3 --output out
       a lesson with a parameter of yours; "dfqlib rerun --help" has more
 
@@ -35,7 +35,7 @@ Exit codes: 0 done, 2 an argument cannot be used (nothing is written), 130 Ctrl-
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports what is wrong as every other error of the library: one line, with the remedy."""
+    """Reports errors as the rest of the library does: one line, with the remedy."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f'{message}; see "{self.prog} --help"')
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """One line for a warning, without its place in the code, which is no place of the user's."""
+    """One line for a warning, without its place in the library's code."""
     return f"dfqlib: warning: {' '.join(str(message).split())}\n"
 
 
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dfqlib {dfqlib.__version__}")
     parsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     quantize = parsers.add_parser(
-        "quantize", help="turn a checkpoint into a network of few bits", epilog=EXAMPLES, formatter_class=style
+        "quantize", help="quantize the network of a checkpoint", epilog=EXAMPLES, formatter_class=style
     )
     quantize.set_defaults(run=commands.quantize)
     _add_network(quantize.add_argument_group("the network"))
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = parsers.add_parser("models", help="list the networks with known checkpoints")
     listing.set_defaults(run=commands.list_models)
     listing = parsers.add_parser("recipes", help="list the recipes and their settings")
+    listing.add_argument("name", nargs="?", metavar="NAME", help="explain the settings of this recipe")
     listing.set_defaults(run=commands.list_recipes)
     return parser
 
@@ -115,10 +116,10 @@ def _add_network(group: Any) -> None:
     )  # fmt: skip
     group.add_argument("--sha256", metavar="HEX", help="expected SHA-256 of the checkpoint, 8 digits or more")
     group.add_argument(
-        "--image-shape", type=_shape, metavar="C,H,W", help="of one image, such as 3,32,32 (needed for your own)"
+        "--image-shape", type=_shape, metavar="C,H,W", help="shape of an image, such as 3,32,32 (needed for your own)"
     )
     group.add_argument("--mean", type=_floats, metavar="M,...", help="subtracted from each channel of [0, 1] images")
-    group.add_argument("--std", type=_floats, metavar="S,...", help="what each channel is then divided by")
+    group.add_argument("--std", type=_floats, metavar="S,...", help="divides each channel afterwards")
     group.add_argument(
         "--classes", type=_names, metavar="A,B,...",
         help="class names in the order of the logits, or a text file with one per line (default: those of --arch, "
@@ -132,7 +133,7 @@ def _add_result(group: Any) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help="where the quantized network goes; .onnx for integers",
+        help="file of the quantized network; .onnx for an integer network",
     )
     _add_container(group)
     group.add_argument(
@@ -140,16 +141,16 @@ def _add_result(group: Any) -> None:
         help="compare with the original on a folder of <class>/<image>, or on digits, mnist, cifar10, cifar100, svhn",
     )  # fmt: skip
     default = spec.QuantSpec()
-    group.add_argument("--bits", default="w4a4", help="widths of weights and activations (default: %(default)s)")
+    group.add_argument("--bits", default="w4a4", help="bit widths of weights and activations (default: %(default)s)")
     group.add_argument(
         "--edge-bits", type=int, metavar="N", default=default.edge_bits,
-        help="width of the first and the last layer (default: %(default)s)",
+        help="bit width of the first and the last layer (default: %(default)s)",
     )  # fmt: skip
     for name, kind, meaning in (
-        ("granularity", spec.Granularity, "one weight step per tensor or per output channel"),
-        ("scheme", spec.Scheme, "a step around zero, or two bounds"),
-        ("step", spec.Step, "train the steps, or keep the calibrated ones"),
-        ("skip", spec.Skip, "what skip connections carry"),
+        ("granularity", spec.Granularity, "one step size of the weights per tensor or per output channel"),
+        ("scheme", spec.Scheme, "ranges symmetric around zero, or with two bounds"),
+        ("step", spec.Step, "train the step sizes, or keep the calibrated ones"),
+        ("skip", spec.Skip, "whether skip connections are quantized"),
     ):
         group.add_argument(
             f"--{name}",
@@ -161,17 +162,17 @@ def _add_result(group: Any) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="QUANTIZED", help="file that dfqlib quantize wrote")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="where the ONNX file goes")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the ONNX file")
     _add_container(parser)
     parser.add_argument("--arch", metavar="NAME", help="as for quantize; needed for an architecture of your own")
-    parser.add_argument("--image-shape", type=_shape, metavar="C,H,W", help="of one image (default: as quantized)")
-    parser.add_argument("--evaluate", metavar="DATA", help="check the file on these images: answers, size, speed")
+    parser.add_argument("--image-shape", type=_shape, metavar="C,H,W", help="shape of an image (default: as quantized)")
+    parser.add_argument("--evaluate", metavar="DATA", help="check the file on these images: agreement, size, speed")
 
 
 def _add_container(group: Any) -> None:
     group.add_argument(
         "--container", choices=("int8", "int4"), default="int8",
-        help="of ONNX weights: a byte each, or half a byte (default: %(default)s)",
+        help="bytes of ONNX weights: one each, or half of one (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -186,15 +187,17 @@ def _add_run(group: Any) -> None:
     group.add_argument("--budget", default="quick", help="quick or published (default: %(default)s)")
     group.add_argument(
         "--set", action="append", default=[], dest="settings", metavar="NAME=VALUE",
-        help='change a setting of the recipe, as often as needed; "dfqlib recipes" lists them',
+        help='change a setting of the recipe, as often as needed; "dfqlib recipes NAME" explains them',
     )  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default: %(default)s)"
+    )
     group.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     group.add_argument(
         "--threads", type=_count, metavar="N", help="CPU threads, at most one per core (default: what PyTorch takes)"
     )
     group.add_argument(
-        "--resume", type=Path, metavar="FILE", help="save progress there, and go on from there if it exists"
+        "--resume", type=Path, metavar="FILE", help="resume file: save progress to it, and resume from it if it exists"
     )
     group.add_argument("--quiet", action="store_true", help="no progress bars, only the final table")
 

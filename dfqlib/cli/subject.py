@@ -1,4 +1,4 @@
-"""What a command works on: the network of ``--arch`` with its weights, and the images of ``--evaluate``."""
+"""The network of ``--arch`` with its weights, and the images of ``--evaluate`` and ``--images``."""
 
 import argparse
 import importlib
@@ -23,9 +23,9 @@ class Subject:
         model: with its weights, in eval mode.
         arch: its name in ``models``, None for an architecture of the user's.
         image_shape: (channels, height, width).
-        mean: of the images it was trained on, per channel; None when not known.
+        mean: of the images it was trained on, per channel; None if unknown.
         std: likewise.
-        classes: names in the order of the logits; None when not known.
+        classes: names in the order of the logits; None if unknown.
     """
 
     model: nn.Module
@@ -37,23 +37,17 @@ class Subject:
 
 
 def load_subject(options: argparse.Namespace) -> Subject:
-    """The network of ``--arch`` with the weights of CHECKPOINT; other options precede what the library knows of it.
+    """The network of ``--arch`` with the weights of CHECKPOINT; options override what the library knows of it.
 
     Raises:
-        InputError: unknown architecture, one of the user's without what must be said of it, or no such weights.
+        InputError: unknown architecture, required options missing for one of the user's, or no such weights.
     """
     shape, mean, std, classes = options.image_shape, options.mean, options.std, options.classes
     if ":" not in options.arch:
         known = models.info(options.arch)
         model = models.load_model(options.arch, checkpoint=options.checkpoint, sha256=options.sha256)
-        return Subject(
-            model,
-            known.name,
-            shape or known.image_shape,
-            mean or known.mean,
-            std or known.std,
-            classes or known.classes,
-        )
+        preprocessing = (mean or known.mean, std or known.std)
+        return Subject(model, known.name, shape or known.image_shape, *preprocessing, classes or known.classes)
     for name, value in (("CHECKPOINT", options.checkpoint), ("--image-shape C,H,W", shape)):
         if value is None:
             raise InputError(f"--arch={options.arch} is your own, so {name} is needed too")
@@ -62,10 +56,10 @@ def load_subject(options: argparse.Namespace) -> Subject:
 
 
 def build_own(arch: str) -> nn.Module:
-    """Import ``module`` and call ``callable`` of ``"module:callable"``; the current folder is looked in first.
+    """Import ``module``, from the current folder first, and call ``callable`` of ``"module:callable"``.
 
     Raises:
-        InputError: no such module or name in it, or it makes no ``nn.Module``. What goes wrong inside is not caught.
+        InputError: no such module or name in it, or it returns no ``nn.Module``. Errors inside it are not caught.
     """
     name, _, attribute = arch.partition(":")
     if not all(part.isidentifier() for part in (*name.split("."), attribute)):
@@ -88,7 +82,7 @@ def build_own(arch: str) -> nn.Module:
 
 
 def labelled_images(name: str, subject: Subject, option: str = "--evaluate", split: str = "test") -> Batches:
-    """The images that an option names, after a check that they suit the network.
+    """The images that an option names, checked against the network.
 
     Args:
         name: a folder of ``<class>/<image>``, or a data set of ``data.load_data``.
@@ -97,7 +91,7 @@ def labelled_images(name: str, subject: Subject, option: str = "--evaluate", spl
         split: of a data set.
 
     Raises:
-        InputError: no such data, preprocessing not known, images of another shape, or class folders that cannot be
+        InputError: no such data, unknown preprocessing, images of another shape, or class folders that cannot be
             assigned to the network's outputs.
     """
     what = f'{option}="{name}"'

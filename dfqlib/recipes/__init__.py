@@ -1,8 +1,13 @@
-"""One system, one file, each reading like its paper's algorithm box; ``quantize`` and ``distill`` run them by name.
+"""Recipes: one paper, one file, each reading like its paper's algorithm; ``quantize`` and ``distill`` run them by name.
 
-A recipe is a module with ``Settings`` (a frozen dataclass), ``BUDGETS`` (settings by budget), ``NEEDS_BATCHNORM`` and
-``quantize(task, spec, settings)``, and where the method distils, ``distill(task, student, settings)``. Where widths and
-settings can contradict each other, ``check(spec, settings)`` refuses that before any work.
+A recipe is a module of this folder with
+
+* ``Settings``, a frozen dataclass derived from ``training.settings.BaseSettings``,
+* ``BUDGETS``, the settings of "quick" and "published",
+* ``NEEDS_BATCHNORM``, whether it reads BatchNorm statistics,
+* ``quantize(task, spec, settings)``, and if the method distills, ``distill(task, student, settings)``: a recipe can do
+  what it has a function for,
+* ``check(spec, settings)`` if bit widths and settings can contradict each other; it raises before any work.
 """
 
 import dataclasses
@@ -14,7 +19,7 @@ import pkgutil
 import platform
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,10 +38,12 @@ from dfqlib.training.task import ImageShape, Task
 
 __all__ = ["Report", "distill", "find", "names", "quantize", "usable_device"]
 
+SHARED = ("base", "given", "ideas")
+
 
 def names() -> tuple[str, ...]:
-    """The recipes that ``recipe=`` takes: the files of this folder, but for what they share."""
-    return tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "given"))
+    """The recipes that ``recipe=`` takes: the modules of this folder, except those that recipes share."""
+    return tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name not in SHARED)
 
 
 def quantize(
@@ -57,14 +64,14 @@ def quantize(
     Args:
         model: any classifier called with images (batch, channels, height, width); left untouched.
         image_shape: (channels, height, width) of the images it was trained on.
-        bits: widths such as "w4a4", a QuantSpec, or weight widths by layer: {"default": "w4a4", "conv1": 8}.
+        bits: bit widths such as "w4a4", a QuantSpec, or those of weights by layer: {"default": "w4a4", "conv1": 8}.
         recipe: one of ``recipes.names()``, or its settings, such as ``recipes.express.Settings(steps=800)``, which then
-            stand for a budget.
+            take the place of the budget's.
         budget: "quick" for minutes on two CPU cores, "published" for the paper's schedule.
-        seed: everything random follows from it; the same seed, device and thread count give the same bits.
+        seed: of all random numbers; the same seed, kind of processor and thread count give the same network.
         device: where to run; None for where the model is.
         progress: show progress bars.
-        resume: file to save progress to and to resume from.
+        resume: resume file: progress is saved to it, and resumed from it if it exists.
         **settings: fields of the recipe's ``Settings`` to change, such as ``steps=1000``; ``images=`` with real images
             for the recipes "real" and "calibrate".
 
@@ -79,11 +86,14 @@ def quantize(
     """
     spec = QuantSpec.parse(bits)
     resume = settings.pop("checkpoint", resume)  # its name in the first edition
-    recipe, budget, method, chosen = _chosen(recipe, "quantize", budget, settings)
+    chosen = _choose(recipe, "quantize", budget, settings)
+    method = chosen.method
     if hasattr(method, "check"):
-        method.check(spec, chosen)
-    run = _Run(model, image_shape, recipe, budget, seed, device, progress, resume, method, chosen, {"spec": spec})
-    return run(lambda task: method.quantize(task, spec, chosen))
+        method.check(spec, chosen.settings)
+    return _run(
+        lambda task: method.quantize(task, spec, chosen.settings), chosen, model, image_shape,
+        seed=seed, device=device, progress=progress, resume=resume, spec=spec,
+    )  # fmt: skip
 
 
 def distill(
@@ -99,13 +109,13 @@ def distill(
     resume: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Report:
-    """Train a smaller network to do what a trained classifier does, without data.
+    """Distill a trained classifier into a smaller network, without data.
 
     Args:
         model: the teacher; left untouched.
         student: an untrained network with as many classes; left untouched, its trained copy is ``report.model``.
         image_shape: (channels, height, width) of the images the teacher was trained on.
-        recipe: one that distils, such as "dfqf".
+        recipe: one that can distill, such as "dfqf".
         budget, seed, device, progress, resume, settings: as for ``quantize``.
 
     Raises:
@@ -114,94 +124,91 @@ def distill(
     Taught in notebook 05.
     """
     resume = settings.pop("checkpoint", resume)
-    recipe, budget, method, chosen = _chosen(recipe, "distill", budget, settings)
-    kind = {"student": type(student).__name__}
-    run = _Run(model, image_shape, recipe, budget, seed, device, progress, resume, method, chosen, kind)
-    report = run(lambda task: method.distill(task, _fresh_student(student, task), chosen))
+    chosen = _choose(recipe, "distill", budget, settings)
+    report = _run(
+        lambda task: chosen.method.distill(task, _fresh_student(student, task), chosen.settings), chosen, model,
+        image_shape, seed=seed, device=device, progress=progress, resume=resume, student=type(student).__name__,
+    )  # fmt: skip
     report.model = convolution.restore(report.model, student)
     return report
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """Everything around a recipe: checks, seed, threads, time, and the record of how to run it again."""
+class _Choice:
+    """A recipe with its settings."""
 
-    model: nn.Module
-    image_shape: ImageShape
     recipe: str
     budget: str
-    seed: int
-    device: str | torch.device | None
-    progress: bool
-    resume: str | os.PathLike[str] | None
     method: ModuleType
-    chosen: Any
-    subject: dict[str, Any]
-
-    def __call__(self, work: Any) -> Report:
-        started = time.perf_counter()
-        check_network(self.model, "model")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**31:
-            raise InputError(f"seed={self.seed!r} must be a whole number from 0 to 2^31 - 1")
-        device = usable_device(self.device, self.model)
-        teacher, classes = prepare_teacher(self.model, self.image_shape, device)
-        if self.method.NEEDS_BATCHNORM:
-            base.require_batchnorm(teacher, self.recipe)
-        self._say_what_stays_in_float(teacher)
-        settings = self._record(device)
-        path = None if self.resume is None else Path(self.resume)
-        session = Session(self.seed, self.progress, path, identity=_identity(settings))
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), convolution.guarded():
-            outcome: Outcome = work(Task(teacher, self.image_shape, classes, session))
-        for network in (outcome.model, outcome.calibrated):
-            if network is not None:
-                network.eval().requires_grad_(False)
-        return Report(
-            model=outcome.model,
-            images=outcome.images,
-            history=session.history,
-            seconds=time.perf_counter() - started,
-            settings=settings,
-            calibrated=outcome.calibrated,
-            interrupted=session.interrupted,
-            steps=session.steps,
-            teacher=teacher,
-        )
-
-    def _say_what_stays_in_float(self, teacher: nn.Module) -> None:
-        spec = self.subject.get("spec")
-        if spec is None:
-            return
-        network = quantizer.quantize_layers(teacher, spec)
-        found = quantizer.coverage(network, self.image_shape)
-        if found.floating_share > quantizer.LOUD:
-            warnings.warn(f"model: {found}", stacklevel=4)
-
-    def _record(self, device: torch.device) -> dict[str, Any]:
-        return {
-            "recipe": self.recipe,
-            "budget": self.budget,
-            "seed": self.seed,
-            "model": f"{type(self.model).__name__} {_fingerprint(self.model)}",
-            "image_shape": list(self.image_shape),
-            **self.subject,
-            **given.described(self.chosen),
-            "device": str(device),
-            "processor": machine.processor(device),
-            "dtype": "bfloat16" if getattr(self.chosen, "bf16", False) and machine.has_bfloat16(device) else "float32",
-            "threads": torch.get_num_threads(),
-            "torch": str(torch.__version__),  # a plain string, which a file can hold without code
-            "python": platform.python_version(),
-        }
+    settings: Any
 
 
-def _identity(settings: dict[str, Any]) -> dict[str, str]:
-    ignored = {"device", "processor", "dtype", "threads", "torch", "python"}
-    return {name: repr(value) for name, value in settings.items() if name not in ignored}
+def _run(
+    work: Callable[[Task], Outcome],
+    chosen: _Choice,
+    model: nn.Module,
+    image_shape: ImageShape,
+    *,
+    seed: int,
+    device: str | torch.device | None,
+    progress: bool,
+    resume: str | os.PathLike[str] | None,
+    **subject: Any,
+) -> Report:
+    """Check the arguments, do the work on a frozen copy of the model, and report how to run it again."""
+    started = time.perf_counter()
+    check_network(model, "model")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+        raise InputError(f"seed={seed!r} must be a whole number from 0 to 2^31 - 1")
+    place = usable_device(device, model)
+    teacher, classes = prepare_teacher(model, image_shape, place)
+    if chosen.method.NEEDS_BATCHNORM:
+        base.require_batchnorm(teacher, chosen.recipe)
+    if "spec" in subject:
+        coverage = quantizer.coverage(quantizer.quantize_layers(teacher, subject["spec"]), image_shape)
+        if coverage.floating_share > quantizer.LOUD:
+            warnings.warn(f"model: {coverage}", stacklevel=3)
+    described = {
+        "recipe": chosen.recipe,
+        "budget": chosen.budget,
+        "seed": seed,
+        "model": f"{type(model).__name__} {_fingerprint(model)}",
+        "image_shape": list(image_shape),
+        **subject,
+        **given.described(chosen.settings),
+    }
+    identity = {name: repr(value) for name, value in described.items()}
+    session = Session(seed, progress, None if resume is None else Path(resume), identity=identity)
+    bf16 = getattr(chosen.settings, "bf16", False) and machine.has_bfloat16(place)
+    settings = {
+        **described,
+        "device": str(place),
+        "processor": machine.processor(place),
+        "dtype": "bfloat16" if bf16 else "float32",
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),  # a plain string, which a file can hold without code
+        "python": platform.python_version(),
+    }
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), convolution.guarded():
+        outcome = work(Task(teacher, image_shape, classes, session))
+    for network in (outcome.model, outcome.calibrated):
+        if network is not None:
+            network.eval().requires_grad_(False)
+    return Report(
+        model=outcome.model,
+        images=outcome.images,
+        history=session.history,
+        seconds=time.perf_counter() - started,
+        settings=settings,
+        calibrated=outcome.calibrated,
+        interrupted=session.interrupted,
+        steps=session.steps,
+        teacher=teacher,
+    )
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Of a network's weights: a checkpoint must not be resumed with another network of the same settings."""
+    """Digest of a network's weights: a run must not be resumed with another network of the same settings."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())
@@ -209,16 +216,15 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def _chosen(recipe: Any, verb: str, budget: str, changes: dict[str, Any]) -> tuple[str, str, ModuleType, Any]:
-    """Name, budget, module and settings of a recipe, given by name or by its settings."""
+def _choose(recipe: Any, verb: str, budget: str, changes: dict[str, Any]) -> _Choice:
+    """The recipe, given by name or by its settings."""
     if isinstance(recipe, str | type) or not dataclasses.is_dataclass(recipe):
-        method, chosen = find(str(recipe), verb, budget, changes)
-        return str(recipe), budget, method, chosen
+        return _Choice(str(recipe), budget, *find(str(recipe), verb, budget, changes))
     room, _, name = type(recipe).__module__.rpartition(".")
     if room != __name__ or name not in names():
         raise InputError(f"recipe={type(recipe).__name__} is of no recipe; give such as recipes.express.Settings()")
     method, _ = find(name, verb, "quick", {})
-    return name, "settings", method, override(recipe, changes, name)
+    return _Choice(name, "settings", method, override(recipe, changes, name))
 
 
 def find(recipe: str, verb: str, budget: str, changes: dict[str, Any]) -> tuple[ModuleType, Any]:

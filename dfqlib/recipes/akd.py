@@ -1,4 +1,4 @@
-"""AKD (Choi et al., CVPR workshops 2020): the smallest largest distance, with several generators and students.
+"""AKD (Choi et al., CVPR workshops 2020): minimize the worst-case divergence, with several generators and students.
 
 ``min over students, max over generators of mean_{g,s} KL(T(x_g) || S_s(x_g)) - alpha L_psi(x_g)``, x_g = G_g(z): each
 student S_s descends its divergence from the teacher T on the images of every generator; each generator G_g ascends
@@ -10,20 +10,20 @@ the BatchNorm layers' inputs are to have the stored statistics, as Gaussians; ea
 batch of all classes.
 
 1. *Warm-up.* The generators alone descend ``alpha L_psi``.
-2. *Adversarial distillation.* One move of each generator, then ten of each student, each on new images.
+2. *Adversarial distillation.* One update of each generator, then ten of each student, each on new images.
 
 ``distill`` trains a smaller student and ``students - 1`` more of its architecture with weights of their own;
-``quantize`` trains quantized copies of the teacher, their ranges set from the images of the warm-up, which part
-because each draws images of its own. The first student is the result.
+``quantize`` trains quantized copies of the teacher. Their ranges are calibrated on warm-up images, and the copies
+diverge because each trains on its own random batches. The first student is the result.
 
-No code was released, and the paper's rate, 0.1, is that of a student from scratch. A quantized student starts as the
-teacher, and 0.1 destroys it. Measured on the digits at W4A4: before the first move a step of 0.034 has a gradient of
--18, so that at a tenth of 0.1 the first move is five times the step, and a step is negative within ten (steps are
-trained as in DFQF, without momentum and decay: those are not the cause); with ``step="fixed"`` the weights are lost
-instead, 99.2 to 10.0 % in 60 moves. So quantized students learn at DFQF's rate of fine-tuning, 0.001: 99.2 to 100.0 %
-after 200 moves, at W3A3 88.4 to 99.4 %. At W2A2 a step turns negative even so unless thresholds have DFQF's lower
-bound, ``lower_bound``; with it, 29.8 to 97.0 %. And the generators must have been warmed up: on images of new ones a
-step turns negative at W4A4 and 0.001 too.
+No code was released, and the paper's learning rate, 0.1, is that of a student from scratch. A quantized student starts
+as the teacher, and 0.1 destroys it. Measured on the digits at W4A4: before the first update a step size of 0.034 has a
+gradient of -18, so that at a tenth of 0.1 the first update changes it by five times its value, and a step size is
+negative within ten (step sizes are trained as in DFQF, without momentum and decay: those are not the cause); with
+``step="fixed"`` the weights are lost instead, 99.2 to 10.0 % in 60 updates. So quantized students learn at DFQF's rate
+of fine-tuning, 0.001: 99.2 to 100.0 % after 200 updates, at W3A3 88.4 to 99.4 %. At W2A2 a step size still becomes
+negative unless thresholds have DFQF's lower bound, ``lower_bound``; with it, 29.8 to 97.0 %. And the generators must
+have been warmed up: on images of new ones a step size becomes negative even at W4A4 and 0.001.
 
 Taught in notebook 08.
 """
@@ -38,91 +38,68 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dfqlib import losses, synthesis
+from dfqlib import losses
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.generators import AkdGenerator
-from dfqlib.recipes.base import Outcome, check_settings
+from dfqlib.recipes import base
+from dfqlib.recipes.base import Outcome
 from dfqlib.spec import QuantSpec
-from dfqlib.training.adversarial import (
-    Answers,
-    Player,
-    Rules,
-    decayed,
-    from_scratch,
-    play,
-    quantized,
-    reinitialized,
-    trained_by_adam,
-)
+from dfqlib.training import adversarial
+from dfqlib.training.adversarial import AdversarialTraining, Student, StudentLogits, Trainee
+from dfqlib.training.settings import BF16, BaseSettings, setting
 from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = True
 
-IMAGES = 256
-"""How many images the ranges are set from, and how many the report shows."""
 BYTES_PER_WEIGHT = 16
 """A float32 weight of a generator, its gradient, and Adam's two moments."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(BaseSettings):
     """Settings of AKD; the defaults are the paper's.
 
-    ``budget="quick"`` deviates so that minutes suffice: an epoch of warm-up, 100 moves of the
-    generators, and 3 of distillation, each 10 moves of the generators and 100 of the students, all of 64 images;
-    students from scratch learn at 0.05 and quantized ones by Adam at 5e-4; the generators' rate is constant; thresholds
-    have no lower bound; bfloat16.
-
-    Attributes:
-        generators: G, how many; students: S, how many.
-        alpha: weight of L_psi in the generators' loss.
-        student_steps: moves of each student for one of each generator.
-        latent: length of the noise vector.
-        warm_up_epochs: of the generators alone, ``iterations`` moves each.
-        epochs: of adversarial distillation, ``iterations`` moves of each student.
-        iterations: see above; a multiple of ``student_steps``.
-        batch: images of each generator for a move.
-        lr_g: learning rate of the generators, Adam.
-        schedule_g: of that rate once students compete: to zero along a "cosine", the paper's, or "constant".
-        lr_s: learning rate of students from scratch, SGD with Nesterov's momentum 0.9, to zero along a cosine. Their
-            decay of 5e-4 is an assumption: that of DAFL and DFAD.
-        lr: learning rate of quantized students, to zero along a cosine.
-        step_lr: learning rate of the steps as a share of ``lr``.
-        lower_bound: smallest clip threshold of quantized students as a share of max|x|.
-        optimizer: of quantized students, "sgd" or "adam".
-        bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
+    ``budget="quick"`` deviates so that minutes suffice: an epoch of warm-up, 100 updates of the generators, and 3 of
+    distillation, each 10 updates of the generators and 100 of the students, all of 64 images; students from scratch
+    learn at 0.05 and quantized ones by Adam at 5e-4; the generators' learning rate is constant; thresholds have no
+    lower bound; bfloat16.
     """
 
-    generators: int = 1
-    students: int = 1
-    alpha: float = 0.01
-    student_steps: int = 10
-    latent: int = 512
-    warm_up_epochs: int = 50
-    epochs: int = 200
-    iterations: int = 400
-    batch: int = 256
-    lr_g: float = 1e-3
-    schedule_g: Literal["cosine", "constant"] = "cosine"
-    lr_s: float = 0.1
-    lr: float = 1e-3
-    step_lr: float = 0.1
-    lower_bound: float = 0.3
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    bf16: bool = False
+    generators: int = setting(1, "number of generators, G in the paper", low=1)
+    students: int = setting(1, "number of students, S in the paper", low=1)
+    alpha: float = setting(0.01, "weight of L_psi in the generators' loss")
+    student_steps: int = setting(10, "updates of each student for one of each generator", low=1)
+    latent: int = setting(512, "length of the noise vector", low=1)
+    warm_up_epochs: int = setting(50, "epochs of the generators alone")
+    epochs: int = setting(200, "epochs of adversarial distillation")
+    iterations: int = setting(
+        400,
+        "updates in an epoch, of each generator in warm-up, of each student afterwards; a multiple of student_steps",
+        low=1,
+    )
+    batch: int = setting(256, "images of each generator for an update", low=2)
+    lr_g: float = setting(1e-3, "learning rate of the generators, Adam")
+    schedule_g: Literal["cosine", "constant"] = setting(
+        "cosine", "of the generators' learning rate in distillation; cosine, the paper's, falls to zero"
+    )
+    lr_s: float = setting(
+        0.1,
+        "learning rate of students from scratch, SGD with Nesterov's momentum 0.9, to zero along a cosine; the weight "
+        "decay of 5e-4 is assumed, that of DAFL and DFAD",
+    )
+    lr: float = setting(1e-3, "learning rate of quantized students, to zero along a cosine")
+    step_lr: float = setting(0.1, base.STEP_LR, high=1)
+    lower_bound: float = setting(0.3, base.LOWER_BOUND, high=1)
+    optimizer: Literal["sgd", "adam"] = setting("sgd", "of quantized students")
+    bf16: bool = setting(False, BF16)
 
     def __post_init__(self) -> None:
-        check_settings(
-            self, generators=(1, math.inf), students=(1, math.inf), alpha=(0, math.inf), student_steps=(1, math.inf),
-            latent=(1, math.inf), warm_up_epochs=(0, math.inf), epochs=(0, math.inf), iterations=(1, math.inf),
-            batch=(2, math.inf), lr_g=(0, math.inf), lr_s=(0, math.inf), lr=(0, math.inf), step_lr=(0, 1),
-            lower_bound=(0, 1),
-        )  # fmt: skip
+        super().__post_init__()
         if self.iterations % self.student_steps:
             raise InputError(
-                f"iterations={self.iterations} must be a multiple of student_steps={self.student_steps}, the moves of "
-                "the students for each of the generators"
+                f"iterations={self.iterations} must be a multiple of student_steps={self.student_steps}, the updates "
+                "of the students for each of the generators"
             )
         if self.alpha == 0 < self.warm_up_epochs:
             raise InputError(
@@ -131,8 +108,8 @@ class Settings:
             )
 
     @property
-    def student_moves(self) -> int:
-        """Of each student, in all."""
+    def student_updates(self) -> int:
+        """Updates of each student in all."""
         return self.epochs * self.iterations
 
 
@@ -146,77 +123,76 @@ BUDGETS = {
 
 
 def distill(task: Task, student: nn.Module, settings: Settings) -> Outcome:
-    """Warm-up of the generators, then both sides in turn, the students from scratch."""
+    """Warm-up of the generators, then generators and students in turn, the students from scratch."""
     generators = make_generators(task, settings)
     warm_up(task, generators, settings)
-    networks = [student, *(reinitialized(student) for _ in range(settings.students - 1))]
+    networks = [student, *(adversarial.reinitialized(student) for _ in range(settings.students - 1))]
     students = [
-        from_scratch(network, settings.lr_s, "cosine", settings.student_moves, (), nesterov=True)
+        adversarial.from_scratch(network, settings.lr_s, "cosine", settings.student_updates, nesterov=True)
         for network in networks
     ]
-    compete(task, "distillation", generators, students, settings)
+    train(task, "distillation", generators, students, settings)
     return Outcome(student, images_of(generators))
 
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
-    """Warm-up of the generators, ranges from their images, then both sides in turn."""
+    """Warm-up of the generators, ranges from their images, then generators and students in turn."""
     generators = make_generators(task, settings)
     warm_up(task, generators, settings)
     calibrated = calibrated_student(task, spec, images_of(generators), lower_bound=settings.lower_bound)
+    rates = (settings.optimizer, settings.lr, settings.step_lr, "cosine", settings.student_updates)
     students = [
-        quantized(
-            copy.deepcopy(calibrated), settings.optimizer, settings.lr, settings.step_lr, "cosine",
-            settings.student_moves, nesterov=True,
-        )
-        for _ in range(settings.students)
-    ]  # fmt: skip
-    compete(task, "fine-tuning", generators, students, settings)
+        adversarial.quantized(copy.deepcopy(calibrated), *rates, nesterov=True) for _ in range(settings.students)
+    ]
+    train(task, "fine-tuning", generators, students, settings)
     return Outcome(students[0].network, images_of(generators), calibrated)
 
 
-def make_generators(task: Task, settings: Settings) -> list[Player[AkdGenerator]]:
+def make_generators(task: Task, settings: Settings) -> list[Trainee[AkdGenerator]]:
     """``settings.generators`` new generators, each with its Adam."""
     task.session.reseed("generators")
     _check_memory(task, settings)
     return [
-        trained_by_adam(task, AkdGenerator(task.image_shape, settings.latent), settings.lr_g)
+        adversarial.trained_by_adam(task, AkdGenerator(task.image_shape, settings.latent), settings.lr_g)
         for _ in range(settings.generators)
     ]
 
 
-def warm_up(task: Task, generators: Sequence[Player[AkdGenerator]], settings: Settings) -> None:
+def warm_up(task: Task, generators: Sequence[Trainee[AkdGenerator]], settings: Settings) -> None:
     """The generators alone, on ``alpha L_psi``."""
 
-    def prior(target: Tensor, _: Answers) -> Tensor:
+    def prior(target: Tensor, _: StudentLogits) -> Tensor:
         return settings.alpha * losses.akd_prior_loss(target, probe)
 
-    rules = Rules(settings.batch, prior, losses.distillation_loss, bf16=settings.bf16)
     with BatchNormProbe(task.teacher) as probe:
-        play(task, "warm-up", settings.warm_up_epochs * settings.iterations, generators, [], rules)
+        AdversarialTraining(
+            task, generators, [], settings.batch, prior, losses.distillation_loss, bf16=settings.bf16
+        ).run("warm-up", settings.warm_up_epochs * settings.iterations)
 
 
-def compete(
-    task: Task, phase: str, generators: Sequence[Player[AkdGenerator]], students: Sequence[Player[nn.Module]],
-    settings: Settings,
-) -> None:  # fmt: skip
+def train(
+    task: Task, phase: str, generators: Sequence[Trainee[AkdGenerator]], students: Sequence[Student], settings: Settings
+) -> None:
     """Every generator against every student."""
 
-    def generator_loss(target: Tensor, answers: Answers) -> Tensor:
-        return losses.akd_generator_loss(target, answers(), probe, settings.alpha)
+    def generator_loss(target: Tensor, student_logits: StudentLogits) -> Tensor:
+        return losses.akd_generator_loss(target, student_logits(), probe, settings.alpha)
 
-    rules = Rules(settings.batch, generator_loss, losses.distillation_loss, settings.student_steps, settings.bf16)
-    rounds = settings.student_moves // settings.student_steps
+    rounds = settings.student_updates // settings.student_steps
     if settings.schedule_g == "cosine":
-        generators = [replace(g, schedule=decayed(g.optimizer, "cosine", rounds, ())) for g in generators]
+        generators = [replace(g, schedule=adversarial.decayed(g.optimizer, "cosine", rounds)) for g in generators]
     with BatchNormProbe(task.teacher) as probe:
-        play(task, phase, rounds, generators, students, rules)
+        AdversarialTraining(
+            task, generators, students, settings.batch, generator_loss, losses.distillation_loss,
+            settings.student_steps, settings.bf16,
+        ).run(phase, rounds)  # fmt: skip
 
 
-def images_of(generators: Sequence[Player[AkdGenerator]]) -> Tensor:
-    """``IMAGES`` images, as equal shares of every generator's as there are."""
-    shares = torch.arange(IMAGES).tensor_split(len(generators))
+def images_of(generators: Sequence[Trainee[AkdGenerator]]) -> Tensor:
+    """``base.IMAGES`` images, in equal shares of all generators as far as possible."""
+    shares = [len(rows) for rows in torch.arange(base.IMAGES).tensor_split(len(generators))]
     pairs = zip(generators, shares, strict=True)
-    return torch.cat([synthesis.from_generator(g.network, len(share))[0] for g, share in pairs if len(share)])
+    return torch.cat([base.generated_images(generator.network, count) for generator, count in pairs if count])
 
 
 def _check_memory(task: Task, settings: Settings) -> None:

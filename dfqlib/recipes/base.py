@@ -1,40 +1,51 @@
-"""What every recipe gets and gives: the task, the outcome, and the checks before any work starts."""
+"""What recipes share: their outcome, the report, generated images, and the checks before any work."""
 
 import dataclasses
 import difflib
-import math
 import textwrap
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dfqlib import batchnorm, quantizer
+from dfqlib import batchnorm, quantizer, synthesis
 from dfqlib.data import check_image_shape
 from dfqlib.deploy import integer
 from dfqlib.deploy.onnx import export_onnx
 from dfqlib.deploy.saving import save_quantized
 from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.evaluation.metrics import Comparison, agreement, compare
+from dfqlib.generators import Generator, UnconditionalGenerator
 from dfqlib.network import graph
 from dfqlib.network.inference import Batches, predict
 from dfqlib.network.plain import plain
 from dfqlib.spec import QuantSpec
 from dfqlib.training import channels_last
+from dfqlib.training.adversarial import Trainee, trained_by_adam
+from dfqlib.training.task import ImageShape, Task
 
-ImageShape = tuple[int, int, int]
+IMAGES = 256
+"""How many images of a generator set the ranges, and how many the report holds."""
+
+LR_S = "learning rate of students from scratch, SGD with momentum 0.9 and weight decay 5e-4"
+STEP_LR = "learning rate of the quantizers' step sizes as a share of lr"
+OPTIMIZER = "of fine-tuning; SGD has momentum 0.9 and weight decay 5e-4"
+SCHEDULE = "of the students' learning rates: step divides them by ten after 0.4 and 0.8 of the epochs; cosine ends at 0"
+LOWER_BOUND = "smallest clip threshold as a share of max|x|, so that learned step sizes have room"
+CLIP = "criterion for the clip thresholds, see dfqlib.clipping"
+"""What settings of these names mean in several recipes."""
 
 
 @dataclass
 class Outcome:
-    """What a recipe made.
+    """The result of a recipe.
 
     Attributes:
         model: the student, quantized or smaller.
-        images: the synthetic or given images it was tuned on, (N, C, H, W).
+        images: the synthetic or given images that it was tuned on, (N, C, H, W).
         calibrated: the quantized network before fine-tuning; None for a smaller student.
     """
 
@@ -50,15 +61,15 @@ class Report:
     Attributes:
         model: the student in eval mode; for ``quantize`` fake-quantized, with the teacher's layer names.
         images: the synthetic images, or those that were given, (N, C, H, W), in the teacher's normalized space.
-        history: a row per look at the losses, ready for a DataFrame.
+        history: the losses every ten iterations, a row each, ready for a DataFrame.
         seconds: wall time.
-        settings: everything needed to run it again: recipe, budget, seed, widths, the recipe's settings, versions, and
-            the processor and the dtype that synthesis and training computed in ("bfloat16" where the recipe's ``bf16``
-            is set and the processor multiplies it, else "float32"); of images that were given, their shape and digest.
+        settings: everything needed to run it again: recipe, budget, seed, bit widths, the recipe's settings, versions,
+            the processor, and the dtype of synthesis and training ("bfloat16" if ``bf16`` is set and the processor
+            multiplies it, else "float32"); of given images their shape and digest.
         calibrated: the quantized network before fine-tuning, or None.
-        interrupted: Ctrl-C ended the run early; ``model`` is as far as it came.
-        steps: a row per look at the quantizers' steps while they are trained, the mean over channels by quantizer.
-        teacher: a frozen copy of the network that was given.
+        interrupted: Ctrl-C ended the run early; ``model`` is as trained until then.
+        steps: the step sizes while they are trained, a row every ten iterations, by quantizer their mean over channels.
+        teacher: a frozen copy of the original network.
     """
 
     model: nn.Module
@@ -81,32 +92,30 @@ class Report:
 
     @property
     def image_shape(self) -> ImageShape:
-        """(channels, height, width) of what the network takes."""
+        """(channels, height, width) of the network's images."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
     def coverage(self) -> "quantizer.Coverage":
-        """How many of the multiply-accumulates are quantized."""
+        """The share of multiply-accumulates that are quantized."""
         return quantizer.coverage(self.model, self.image_shape)
 
     def summary(self, loader: Batches | None = None) -> str:
-        """One screen: the protocol, the widths layer by layer, what is left in floating point, the accuracy.
+        """One screen: the protocol, the bit widths of all layers, what is left in floating point, the accuracy.
 
         Args:
-            loader: labelled real images for the accuracy; None for the agreement on the report's own images.
+            loader: labeled real images for the accuracy; None for the agreement on the report's own images.
         """
         lines = [repr(self)]
-        found = [(name, each) for name, each in quantizer.quantizers(self.model)]
+        found = list(quantizer.quantizers(self.model))
         if found:
-            layers = {
-                name.removesuffix(".weight_quantizer"): q.bits for name, q in found if name.endswith("weight_quantizer")
-            }
+            weights = [f"{name} {q.bits}" for name, q in found if name.endswith("weight_quantizer")]
             tensors = [
                 f"{name} {'' if getattr(q, 'signed', True) else 'u'}{q.bits}"
                 for name, q in found
                 if not name.endswith("weight_quantizer")
             ]
-            lines += [_wrapped("weights (bits): ", [f"{name} {bits}" for name, bits in layers.items()])]
+            lines += [_wrapped("weights (bits): ", [text.replace(".weight_quantizer", "") for text in weights])]
             lines += [_wrapped("activations (bits, u: unsigned): ", tensors), str(self.coverage())]
             lines += self._stored_in_7_bits()
         if loader is not None:
@@ -123,12 +132,8 @@ class Report:
             narrowed = integer.narrowed(self.model)
         except InputError:  # no integer form
             return []
-        counts = [f"{name} ({count} channels)" for name, count in narrowed.items()]
-        return (
-            [f"stored in 7 bits in an exported file, so that no processor saturates: {', '.join(counts)}"]
-            if counts
-            else []
-        )
+        counts = ", ".join(f"{name} ({count} channels)" for name, count in narrowed.items())
+        return [f"stored in 7 bits in an exported file, so that no processor saturates: {counts}"] if counts else []
 
     def save(self, path: str | PathLike[str], **about: Any) -> Path:
         """Write the network to a file that ``dfqlib.load_quantized`` reads; arguments as ``dfqlib.save_quantized``."""
@@ -139,7 +144,7 @@ class Report:
         return export_onnx(self, path, **options)
 
     def compare(self, loader: Batches) -> Comparison:
-        """The network beside the original on labelled images, as ``dfqlib.compare``."""
+        """Compare the network with the original on labeled images, as ``dfqlib.compare``."""
         if self.teacher is None:
             raise InputError("report.teacher is None; call dfqlib.compare(report.model, teacher, loader)")
         return compare(self.model, self.teacher, loader)
@@ -153,8 +158,8 @@ def prepare_teacher(model: nn.Module, image_shape: ImageShape, device: torch.dev
     """A frozen, plain copy of ``model`` on ``device``, and its number of classes (see ``network.plain``).
 
     Raises:
-        InputError: not a classifier of such images, or something that quantization would lose; says what.
-        NonFiniteError: a weight or a logit is NaN or infinite; names it.
+        InputError: it is no classifier of such images, or has something that quantization would lose.
+        NonFiniteError: a weight or a logit is NaN or infinite.
     """
     check_image_shape(image_shape)
     for name, module in model.named_modules():
@@ -193,13 +198,24 @@ def prepare_teacher(model: nn.Module, image_shape: ImageShape, device: torch.dev
     return channels_last(teacher), logits.shape[1]
 
 
+def make_generator(task: Task, latent: int, lr: float) -> Trainee[Generator]:
+    """A new unconditional generator, and the Adam that trains it through all phases."""
+    task.session.reseed("generator")
+    return trained_by_adam(task, UnconditionalGenerator(task.image_shape, latent), lr)
+
+
+def generated_images(generator: Generator, count: int = IMAGES) -> Tensor:
+    """Images of a generator in eval mode, of balanced labels if it takes labels, (count, C, H, W)."""
+    return synthesis.from_generator(generator, count)[0]
+
+
 RECIPES_WITHOUT_BATCHNORM = ("dafl", "dfad", "equalize")
 RECIPES_WITH_IMAGES = ("calibrate", "real")
-"""Need no BatchNorm either, given real images."""
+"""With real images these need no BatchNorm either."""
 
 
 def require_batchnorm(model: nn.Module, recipe: str) -> None:
-    """Raise InputError unless the model has BatchNorm statistics, which a recipe reads; names those that need none."""
+    """Raise InputError unless the model has BatchNorm statistics; the message names recipes that need none."""
     if not batchnorm.layers(model):
         others = ", ".join(map(repr, RECIPES_WITHOUT_BATCHNORM))
         given = " or ".join(map(repr, RECIPES_WITH_IMAGES))
@@ -215,32 +231,8 @@ def check_network(network: Any, argument: str) -> None:
         raise InputError(f"{argument}={type(network).__name__} must be a torch.nn.Module with its weights loaded")
 
 
-def check_settings(settings: Any, **rules: tuple[float, float]) -> None:
-    """Raise InputError for the first field of a settings dataclass outside its (smallest, largest) value, or infinite.
-
-    A field declared ``int`` must be whole, one declared ``bool`` True or False and one declared ``Literal`` one of its
-    words, with or without a rule.
-    """
-    for item in dataclasses.fields(settings):
-        value = getattr(settings, item.name)
-        if get_origin(item.type) is Literal and value not in get_args(item.type):
-            words = " or ".join(f'"{word}"' for word in get_args(item.type))
-            raise InputError(f"{item.name}={value!r} must be {words}")
-        if item.type is bool and not isinstance(value, bool):
-            raise InputError(f"{item.name}={value!r} must be True or False")
-        if item.type is not int and item.name not in rules:
-            continue
-        low, high = rules.get(item.name, (-math.inf, math.inf))
-        kinds, kind = (int, "a whole number") if item.type is int else (int | float, "a number")
-        if isinstance(value, float) and math.isinf(value):
-            raise InputError(f"{item.name}={value!r} must be finite")
-        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-            bound = f" from {low} to {high}" if high < math.inf else f" of at least {low}" if low > -math.inf else ""
-            raise InputError(f"{item.name}={value!r} must be {kind}{bound}")
-
-
 def override(settings: Any, changes: dict[str, Any], recipe: str) -> Any:
-    """The settings with ``changes``, refusing fields that the recipe does not have."""
+    """The settings with ``changes``; raises InputError for names that the recipe does not have."""
     known = [item.name for item in dataclasses.fields(settings)]
     for name in changes:
         if name not in known:

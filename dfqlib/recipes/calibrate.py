@@ -6,68 +6,52 @@
 Taught in notebook 02.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from dfqlib.recipes import base, express, given
-from dfqlib.recipes.base import Outcome, check_settings
+from dfqlib.recipes.base import Outcome
 from dfqlib.spec import QuantSpec
+from dfqlib.training.settings import setting
 from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = False
 
 
 @dataclass(frozen=True, eq=False)
-class Settings:
-    """Settings of calibrate; all but ``images`` and ``clip`` are express's and only matter where images are made.
+class Settings(express.Synthesis):
+    """Settings of calibrate; all but ``images`` and ``clip`` are express's and act only where images are made."""
 
-    Attributes:
-        images: how many to make, or the images themselves, (N, C, H, W), normalized like the data.
-        clip: how thresholds are found, one of ``clipping.METHODS``.
-        synthesis_steps: Adam steps on the pixels, at a cosine-decayed ``synthesis_lr``.
-        plateau: synthesis ends early, in its last quarter, where its loss falls by less than this share in 20 steps; 0
-            takes all steps.
-        label_weight: weight of the label cross-entropy beside the BatchNorm loss.
-        shift: largest random shift in pixels; flip: random mirroring.
-        bf16: compute in bfloat16 where the processor has it; ranges are always set in float32.
-    """
-
-    images: int | Tensor = 256
-    clip: Literal["max", "mse", "aciq", "kl"] = "mse"
-    synthesis_steps: int = 200
-    synthesis_lr: float = 0.1
-    plateau: float = 0.01
-    label_weight: float = 0.2
-    shift: int = 2
-    flip: bool = True
-    bf16: bool = True
+    images: int | Tensor = setting(  # type: ignore[assignment]  # noqa: RUF009
+        256, "how many to make, or the images themselves, (N, C, H, W), normalized like the data"
+    )
+    clip: Literal["max", "mse", "aciq", "kl"] = setting("mse", base.CLIP)
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         if isinstance(self.images, Tensor):
             given.check(self.images)
         else:
-            self.synthesis(self.images)  # raises for what express refuses
+            self.synthesis()  # refuses what express refuses
 
-    def synthesis(self, images: int) -> express.Settings:
-        """Those of express that make so many images."""
-        return express.Settings(
-            images=images, synthesis_steps=self.synthesis_steps, synthesis_lr=self.synthesis_lr, plateau=self.plateau,
-            label_weight=self.label_weight, shift=self.shift, flip=self.flip, bf16=self.bf16,
-        )  # fmt: skip
+    def synthesis(self) -> express.Settings:
+        """Settings of express that make these images."""
+        shared = {item.name: getattr(self, item.name) for item in dataclasses.fields(express.Synthesis)}
+        return express.Settings(**shared)
 
 
 BUDGETS = {"quick": Settings(), "published": Settings(images=512)}
 
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
-    """Images to ranges, and that is all."""
+    """Images, and ranges from them."""
     if isinstance(settings.images, Tensor):
         images = given.take(task, settings.images)
     else:
         base.require_batchnorm(task.teacher, "calibrate")
-        images = express.synthesize(task, settings.synthesis(settings.images))
+        images = express.synthesize(task, settings.synthesis())
     calibrated = calibrated_student(task, spec, images, method=settings.clip)
     return Outcome(calibrated, images, calibrated)

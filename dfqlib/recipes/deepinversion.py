@@ -1,15 +1,16 @@
-"""DeepInversion (Yin et al., CVPR 2020): pictures of the classes out of noise, and pictures the student gets wrong.
+"""DeepInversion (Yin et al., CVPR 2020): class images out of noise, and images on which student and teacher disagree.
 
-1. *DeepInversion.* Optimize noise x until the teacher T sees its label y, ``CE(T(x), y) + r sum_l (||mu_hat_l - mu_l||
-   + ||v_hat_l - v_l||) + c_tv TV(x)``: norms not squared, a smooth image, under a random shift and flip at each step.
+1. *DeepInversion.* Optimize noise x until the teacher T recognizes its label y, ``CE(T(x), y) + r sum_l (||mu_hat_l -
+   mu_l|| + ||v_hat_l - v_l||) + c_tv TV(x)``: norms not squared, a smooth image, under a random shift and flip at each
+   iteration.
 2. *The student* S learns T's outputs on them: quantized (the paper only distils), with its ranges set from them, or
    smaller, from scratch.
 3. *Adaptive DeepInversion.* Each further round makes images with ``c (1 - JS(S(x), T(x)))`` in their loss as well, both
-   outputs softened by tau = 3: images on which S and T differ. S goes on with all images there are.
+   outputs softened by tau = 3: images on which S and T differ. S continues on all images made so far.
 
 Left out: the l2 norm of the images beside the smoothness, of weight 3e-8 for CIFAR in the paper and off in the
 released command. Where the released code for CIFAR differs: it shifts the images but does not mirror them
-(``flip=False``); it cuts probabilities to 0.01 ... 0.99 before it compares the two outputs; without arguments it takes
+(``flip=False``); it clips probabilities to 0.01 ... 0.99 before it compares the two outputs; without arguments it takes
 r = 100 and lr = 0.1, with those of "the paper" r = 10 and lr = 0.05 as here, and for "better reconstructed images"
 lr = 0.1 and c_tv = 0.001.
 
@@ -30,71 +31,42 @@ from torch import Tensor, nn
 from dfqlib import losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
-from dfqlib.recipes.base import Outcome, check_settings
+from dfqlib.recipes.base import Outcome
 from dfqlib.spec import QuantSpec
 from dfqlib.training import distillation
 from dfqlib.training.augment import shift_and_flip
+from dfqlib.training.settings import setting
 from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = True
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(distillation.Tuning):
     """Settings of (Adaptive) DeepInversion; those of synthesis are the paper's for CIFAR-10.
 
-    ``budget="quick"`` deviates so that minutes suffice: two rounds of 128 images and 150 steps on their pixels, at a
-    learning rate of 0.1 that falls to zero, 200 steps of fine-tuning (300 of distillation) after each, all in bfloat16.
-
-    Attributes:
-        rounds: 1 is DeepInversion; with more, all but the first are Adaptive.
-        images: made in each round.
-        synthesis_batch: images optimized together.
-        synthesis_steps: Adam steps on the pixels of each batch.
-        synthesis_lr: their learning rate.
-        synthesis_schedule: "constant", the paper's, or "cosine", to zero.
-        r: weight of the BatchNorm statistics.
-        tv_weight: of the smoothness.
-        competition_weight: of 1 - JS (c above); 0 switches it off.
-        tau: temperature of both outputs in it.
-        shift: largest random shift in pixels; flip: random mirroring.
-        steps: fine-tuning steps of ``batch`` images in each round; distill_steps: the same in ``distill``.
-        lr: peak learning rate of Adam's one cycle at 4 bits, doubled with each bit fewer; distill_lr: in ``distill``.
-        step_lr: learning rate of the steps as a share of ``lr``.
-        temperature: of the distillation loss.
-        cutmix: share of fine-tuning batches in which a box of each image comes from another.
-        bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
+    ``budget="quick"`` deviates so that minutes suffice: two rounds of 128 images and 150 iterations on their pixels, at
+    a learning rate of 0.1 that falls to zero, 200 iterations of fine-tuning (300 of distillation) after each, all in
+    bfloat16.
     """
 
-    rounds: int = 4
-    images: int = 512
-    synthesis_batch: int = 256
-    synthesis_steps: int = 2000
-    synthesis_lr: float = 0.05
-    synthesis_schedule: Literal["constant", "cosine"] = "constant"
-    r: float = 10.0
-    tv_weight: float = 2.5e-5
-    competition_weight: float = 10.0
-    tau: float = 3.0
-    shift: int = 2
-    flip: bool = True
-    steps: int = 1000
-    distill_steps: int = 10_000
-    batch: int = 64
-    lr: float = 2e-4
-    distill_lr: float = 5e-3
-    step_lr: float = 0.1
-    temperature: float = 4.0
-    cutmix: float = 1.0
+    rounds: int = setting(4, "1 is DeepInversion; with more, all but the first are Adaptive", low=1)
+    images: int = setting(512, "images of each round", low=1)
+    synthesis_batch: int = setting(256, "images optimized together", low=2)
+    synthesis_steps: int = setting(2000, "iterations of Adam on the pixels of each batch")
+    synthesis_lr: float = setting(0.05, "their learning rate")
+    synthesis_schedule: Literal["constant", "cosine"] = setting("constant", "of synthesis_lr; the paper's is constant")
+    r: float = setting(10.0, "weight of the BatchNorm statistics")
+    tv_weight: float = setting(2.5e-5, "weight of the smoothness")
+    competition_weight: float = setting(10.0, "weight c of 1 - JS; 0 switches it off")
+    tau: float = setting(3.0, "temperature of both outputs in JS", low=1e-3)
+    steps: int = setting(1000, "iterations of fine-tuning in each round")
+    distill_steps: int = setting(10_000, "the same in distill")
+    distill_lr: float = setting(5e-3, "peak learning rate in distill")
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(
-            self, rounds=(1, math.inf), images=(1, math.inf), synthesis_batch=(2, math.inf), r=(0, math.inf),
-            synthesis_steps=(0, math.inf), synthesis_lr=(0, math.inf), tv_weight=(0, math.inf),
-            competition_weight=(0, math.inf), tau=(1e-3, math.inf), distill_steps=(0, math.inf),
-            distill_lr=(0, math.inf), **distillation.RULES,
-        )  # fmt: skip
+        super().__post_init__()
         if self.competition_weight > 0 and self.rounds > 1 and self.steps == 0:
             raise InputError(
                 f"steps=0 leaves competition_weight={self.competition_weight} a student that has learned nothing to "
@@ -112,7 +84,7 @@ BUDGETS = {
 
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
-    """Pictures, ranges from them, and rounds of fine-tuning and pictures against it."""
+    """Images, ranges from them, and rounds of fine-tuning and further images against the student."""
     images = invert(task, settings, 0)
     calibrated = calibrated_student(task, spec, images)
     student = copy.deepcopy(calibrated)
@@ -122,7 +94,7 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
 
 
 def distill(task: Task, student: nn.Module, settings: Settings) -> Outcome:
-    """Pictures, and rounds of training from scratch and pictures against it."""
+    """Images, and rounds of training from scratch and further images against the student."""
     longer = dataclasses.replace(settings, steps=settings.distill_steps)
     learn = partial(distillation.fine_tune, task, student.train(), settings=longer, lr=settings.distill_lr)
     images = invert(task, settings, 0)
@@ -132,7 +104,7 @@ def distill(task: Task, student: nn.Module, settings: Settings) -> Outcome:
 def in_rounds(
     task: Task, student: nn.Module, images: Tensor, learn: Callable[..., None], phase: str, settings: Settings
 ) -> Tensor:
-    """The student learns ``images``, and in each further round those made against it too; returns all."""
+    """Train the student on ``images``, in each further round also on those made against it; returns all images."""
     for index in range(settings.rounds):
         if index:
             images = torch.cat([images, invert(task, settings, index, student)])

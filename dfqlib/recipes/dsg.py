@@ -1,18 +1,18 @@
 """DSG (Zhang et al., CVPR 2021; Qin et al., journal version): images kept diverse, for any calibration.
 
-Images that all match the stored statistics exactly are all alike. DSG lets them differ, twice:
+Images that all match the stored statistics exactly are all alike. DSG makes them differ in two ways:
 
-1. *Slack.* A statistic may be off by a margin for nothing, ``sum_l ||max(|mu_hat - mu| - delta_l, 0)||^2 +
-   ||max(|sigma_hat - sigma| - gamma_l, 0)||^2``. The margins are the 0.9 percentile of the same gaps on 1,024 Gaussian
-   inputs.
-2. *Layerwise enhancement.* Of as many images as there are BatchNorm layers, N, image n weights layer n twice:
+1. *Slack.* A statistic may differ from the stored one by a margin at no cost, ``sum_l ||max(|mu_hat - mu| - delta_l,
+   0)||^2 + ||max(|sigma_hat - sigma| - gamma_l, 0)||^2``. The margins are the 0.9 percentile of the same differences on
+   1,024 Gaussian inputs.
+2. *Layerwise enhancement.* With as many images as there are BatchNorm layers, N, image n counts layer n twice:
    ``(1/N) 1^T (I + 1 1^T) L``, with L the slack losses of each image alone in each layer.
 
-The images then serve what the user wants: ranges alone (ZeroQ's way, the CVPR paper), rounding, or fine-tuning.
+The images then serve calibration alone (as in ZeroQ and the CVPR paper), AdaRound, or fine-tuning.
 
 Where the released code differs: for fine-tuning it takes ``max(|gap - delta|, 0)``, where the absolute value cancels
-the slack, so that even a gap of zero costs; here it is the paper's form throughout. Fine-tuning is express's, not the
-generator of the journal version.
+the slack, so that even a gap of zero costs; this recipe has the paper's form throughout. Fine-tuning is express's, not
+the generator of the journal version.
 
 Taught in notebooks 03 and 09.
 """
@@ -30,73 +30,42 @@ from dfqlib.errors import InputError
 from dfqlib.losses import SlackMargin
 from dfqlib.network import graph
 from dfqlib.posttraining import rounding
-from dfqlib.recipes.base import Outcome, check_settings
+from dfqlib.recipes import base
+from dfqlib.recipes.base import Outcome
 from dfqlib.spec import QuantSpec
 from dfqlib.training import distillation
+from dfqlib.training.settings import setting
 from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = True
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of DSG; synthesis is ZeroQ's, as in the paper.
+class Settings(distillation.Tuning):
+    """Settings of DSG; synthesis is ZeroQ's, as in the paper, and fine-tuning express's.
 
-    ``budget="quick"`` deviates so that minutes suffice: 300 iterations on the pixels of 192
-    images, 300 of fine-tuning or 200 for the rounding of each layer, all but the rounding in bfloat16.
-
-    Attributes:
-        images: synthetic images.
-        slack: off, every margin is zero.
-        enhancement: off, statistics are those of all images of a batch together.
-        epsilon: percentile of the Gaussian inputs' gaps that is the margin.
-        gaussian_images: how many Gaussian inputs.
-        iterations: Adam steps on the pixels of each batch.
-        synthesis_lr: their learning rate, divided by ten whenever the loss has not improved for ``patience`` steps.
-        patience: see ``synthesis_lr``.
-        synthesis_batch: images optimized together, at most; with enhancement, the largest multiple of the number of
-            BatchNorm layers in it.
-        then: "calibrate" only sets the ranges; "adaround" also chooses each weight's rounding; "fine-tune" goes on with
-            the settings below.
-        rounding_steps: of AdaRound, for each layer; 10,000 in its paper.
-        clip: how step quantizers find their clip threshold, one of ``clipping.METHODS``.
-        steps: fine-tuning steps of ``batch`` images.
-        lr: peak learning rate of Adam's one cycle at 4 bits, doubled with each bit fewer.
-        step_lr: learning rate of the steps as a share of ``lr``.
-        temperature: of the distillation loss.
-        cutmix: share of fine-tuning batches in which a box of each image comes from another.
-        shift: largest random shift in pixels; flip: random mirroring; both in fine-tuning.
-        bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
+    ``budget="quick"`` deviates so that minutes suffice: 300 iterations on the pixels of 192 images, 300 of fine-tuning
+    or 200 for the rounding of each layer, all but the rounding in bfloat16.
     """
 
-    images: int = 1024
-    slack: bool = True
-    enhancement: bool = True
-    epsilon: float = 0.9
-    gaussian_images: int = 1024
-    iterations: int = 500
-    synthesis_lr: float = 0.5
-    patience: int = 100
-    synthesis_batch: int = 256
-    then: Literal["calibrate", "adaround", "fine-tune"] = "fine-tune"
-    rounding_steps: int = 10_000
-    clip: Literal["max", "mse", "aciq", "kl"] = "mse"
+    images: int = setting(1024, "number of synthetic images", low=1)
+    slack: bool = setting(True, "False makes every margin zero")
+    enhancement: bool = setting(True, "False matches the statistics of all images of a batch together")
+    epsilon: float = setting(0.9, "quantile of the Gaussian inputs' gaps that is the margin", high=1)
+    gaussian_images: int = setting(1024, "number of Gaussian inputs", low=1)
+    iterations: int = setting(500, "iterations of Adam on the pixels of each batch")
+    synthesis_lr: float = setting(0.5, "their learning rate")
+    patience: int = setting(100, "iterations without a lower loss after which synthesis_lr is divided by ten")
+    synthesis_batch: int = setting(
+        256, "images optimized together, at most; with enhancement, a multiple of the number of BatchNorm layers", low=1
+    )
+    then: Literal["calibrate", "adaround", "fine-tune"] = setting(
+        "fine-tune", "only set the ranges, choose each weight's rounding too, or fine-tune"
+    )
+    rounding_steps: int = setting(10_000, "iterations of AdaRound for each layer; its paper's 10,000", low=1)
+    clip: Literal["max", "mse", "aciq", "kl"] = setting("mse", base.CLIP)
     steps: int = 4000
-    batch: int = 64
-    lr: float = 2e-4
-    step_lr: float = 0.1
-    temperature: float = 4.0
-    cutmix: float = 1.0
-    shift: int = 2
-    flip: bool = True
     bf16: bool = False
-
-    def __post_init__(self) -> None:
-        check_settings(
-            self, images=(1, math.inf), epsilon=(0, 1), gaussian_images=(1, math.inf), iterations=(0, math.inf),
-            synthesis_lr=(0, math.inf), patience=(0, math.inf), synthesis_batch=(1, math.inf),
-            rounding_steps=(1, math.inf), **distillation.RULES,
-        )  # fmt: skip
 
 
 BUDGETS = {
@@ -106,7 +75,7 @@ BUDGETS = {
 
 
 def check(spec: QuantSpec, settings: Settings) -> None:
-    """Refuse widths that the rounding cannot work with, before any image is made."""
+    """Refuse a QuantSpec that AdaRound cannot work with, before any image is made."""
     if settings.then == "adaround":
         rounding.require_steps(spec)
 

@@ -2,7 +2,7 @@
 Bias Correction, ICCV 2019). No training, no images.
 
 1. *Fold* BatchNorm into the weights.
-2. *Equalize* the channels of layers that a ReLU connects: ``s = sqrt(r1 r2) / r2`` (Eq. 11), until nothing moves.
+2. *Equalize* the channels of layers that a ReLU connects: ``s = sqrt(r1 r2) / r2`` (Eq. 11), until convergence.
 3. *Absorb* high biases, ``c = max(0, beta - 3 gamma)``, into the next layer (section 4.1.3).
 4. *Quantize*: weight ranges from the weights, activation ranges ``beta -+ 6 gamma`` from the BatchNorm statistics.
 5. *Correct* the biases by ``epsilon E[x]``, E[x] the mean of a clipped normal variable (section 4.2, appendix C).
@@ -11,14 +11,13 @@ Instead of rounding to nearest, step 4 can end in AdaRound (Nagel et al., ICML 2
 
 What the paper leaves open. Sums of residual branches, which no BatchNorm layer follows: see ``moments``. Absorption
 across zero padding changes the border of the output: done only on ``absorb="all"``. ReLU6, which the paper replaces by
-ReLU: kept unless ``relu6="replace"``, and not equalized across. Tensors that no BatchNorm statistics tell about (the
+ReLU: kept unless ``relu6="replace"``, and not equalized across. Tensors without BatchNorm statistics (the
 network's input, what follows max pooling, all of a network without BatchNorm): range and mean from Gaussian images.
 
 Taught in notebooks 02 and 09.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,51 +27,43 @@ from torch import Tensor
 from dfqlib.network import folding
 from dfqlib.posttraining import correction, equalization, moments, rounding
 from dfqlib.recipes import base, express
-from dfqlib.recipes.base import Outcome, check_settings
+from dfqlib.recipes.base import Outcome
 from dfqlib.spec import QuantSpec
+from dfqlib.training.settings import BaseSettings, setting
 from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = False
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of equalize. "published" is the paper, made for 8 bits; "quick" chooses ranges for fewer.
+class Settings(BaseSettings):
+    """Settings of equalize. "published" is the paper, made for 8 bits; "quick" chooses ranges for fewer."""
 
-    Attributes:
-        iterations: most passes of equalization over all pairs of layers; 0 for none.
-        absorb: high biases: "unpadded" where it does not show, "all" as the paper writes it, or "none".
-        relu6: "keep", or "replace" each by a ReLU, which changes the network a little and lets it be equalized.
-        clip: how weight ranges are found, one of ``clipping.METHODS``; the paper takes the largest magnitude.
-        ranges: of activations, from BatchNorm "statistics" or by ``clip`` from the "images".
-        deviations: a range reaches as many gamma from beta; the paper's 6.
-        correction: E[x] of the bias correction from BatchNorm "statistics" or the "images", or "none". Not done
-            after AdaRound, whose reconstruction has taken the mean error away with the rest.
-        bias_bits: width of biases, 16 or 32.
-        rounding: "nearest" or "adaround", which wants ``synthesis_steps``: noise tells it little about the network.
-        rounding_steps: AdaRound's steps per layer; 10,000 in its paper.
-        images: how many there are, to measure what statistics do not tell, for AdaRound and for export.
-        synthesis_steps: 0 leaves them Gaussian noise; more optimize them to the BatchNorm statistics as express does.
-    """
-
-    iterations: int = 20
-    absorb: Literal["unpadded", "all", "none"] = "unpadded"
-    relu6: Literal["keep", "replace"] = "keep"
-    clip: Literal["max", "mse", "aciq", "kl"] = "mse"
-    ranges: Literal["statistics", "images"] = "statistics"
-    deviations: float = 3.0
-    correction: Literal["statistics", "images", "none"] = "statistics"
-    bias_bits: Literal[16, 32] = 32
-    rounding: Literal["nearest", "adaround"] = "nearest"
-    rounding_steps: int = 1000
-    images: int = 64
-    synthesis_steps: int = 0
-
-    def __post_init__(self) -> None:
-        check_settings(
-            self, iterations=(0, math.inf), deviations=(0.1, math.inf), rounding_steps=(1, math.inf),
-            images=(2, math.inf), synthesis_steps=(0, math.inf),
-        )  # fmt: skip
+    iterations: int = setting(20, "most passes of equalization over all pairs of layers; 0 for none")
+    absorb: Literal["unpadded", "all", "none"] = setting(
+        "unpadded", "high biases only where padding hides no error, all as the paper writes it, or none"
+    )
+    relu6: Literal["keep", "replace"] = setting(
+        "keep", "replacing ReLU6 by ReLU changes the network a little and lets it be equalized"
+    )
+    clip: Literal["max", "mse", "aciq", "kl"] = setting("mse", f"{base.CLIP}; the paper takes the largest magnitude")
+    ranges: Literal["statistics", "images"] = setting("statistics", "source of activation ranges; from images by clip")
+    deviations: float = setting(3.0, "a range from statistics is beta -+ this many gamma; the paper's 6", low=0.1)
+    correction: Literal["statistics", "images", "none"] = setting(
+        "statistics",
+        "source of E[x] for the bias correction; not done after AdaRound, whose reconstruction includes the mean error",
+    )
+    bias_bits: Literal[16, 32] = setting(32, "bit width of biases")
+    rounding: Literal["nearest", "adaround"] = setting(
+        "nearest", "adaround needs synthesis_steps: noise says little about the network"
+    )
+    rounding_steps: int = setting(1000, "iterations of AdaRound per layer; its paper's 10,000", low=1)
+    images: int = setting(
+        64, "number of images to measure what statistics do not say, for AdaRound and for export", low=2
+    )
+    synthesis_steps: int = setting(
+        0, "0 leaves the images Gaussian noise; more optimize them to the BatchNorm statistics as express does"
+    )
 
 
 BUDGETS = {
@@ -82,7 +73,7 @@ BUDGETS = {
 
 
 def check(spec: QuantSpec, settings: Settings) -> None:
-    """Refuse widths that the rounding cannot work with, before any work."""
+    """Refuse a QuantSpec that AdaRound cannot work with, before any work."""
     if settings.rounding == "adaround":
         rounding.require_steps(spec)
 
@@ -108,7 +99,7 @@ def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
 
 
 def example_images(task: Task, settings: Settings) -> Tensor:
-    """Gaussian noise, or noise made to suit the BatchNorm statistics, (images, C, H, W)."""
+    """Gaussian noise, optimized to the BatchNorm statistics with ``synthesis_steps``, (images, C, H, W)."""
     if settings.synthesis_steps:
         base.require_batchnorm(task.teacher, 'equalize" with "synthesis_steps')
         wanted = express.Settings(images=settings.images, synthesis_steps=settings.synthesis_steps)
@@ -118,7 +109,7 @@ def example_images(task: Task, settings: Settings) -> Tensor:
 
 
 def input_means(folded: folding.Folded, images: Tensor, settings: Settings) -> dict[str, Tensor]:
-    """E[x] for each layer: measured on the images, and taken from the statistics wherever they tell and are wanted."""
+    """E[x] of each layer: from the statistics where they are wanted and known, otherwise measured on the images."""
     measured = correction.measured_inputs(folded.network, images)
     known = correction.expected_inputs(folded.network, folded.statistics)
     return measured if settings.correction == "images" else measured | known

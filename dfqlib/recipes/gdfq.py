@@ -1,26 +1,25 @@
-"""GDFQ (Xu et al., ECCV 2020): a generator that knows the classes, trained in turn with the quantized network.
+"""GDFQ (Xu et al., ECCV 2020): a class-conditional generator trained in turn with the quantized network.
 
 Algorithm 1, for the full-precision network M, its quantized copy Q and a generator G of images ``G(z | y)``:
 
-1. *Warm-up.* Update G alone, on ``CE(M(G(z|y)), y) + 0.1 BNS`` (Eq. 9): the label shows (Eq. 4), and M's BatchNorm
-   layers see the statistics they have stored (Eq. 5). Q looks on: its activation ranges are the moving average of what
-   passes through it, and then fixed.
+1. *Warm-up.* Update G alone, on ``CE(M(G(z|y)), y) + 0.1 BNS`` (Eq. 9): M is to recognize the label (Eq. 4), and the
+   inputs of M's BatchNorm layers are to have the stored statistics (Eq. 5). The activation ranges of Q are the moving
+   average over these images, and then fixed.
 2. *Fine-tuning.* At each iteration draw z and y, update G by Eq. 9, and Q by ``CE(Q(x), y) + KD(Q(x), M(x))`` (Eq. 10).
    The BatchNorm statistics of Q stay as they are.
 
 Where the released code differs: BNS is averaged over channels and layers and KD over classes as well
 (``variant="released"``); the moving average of the ranges corrects its bias recursively, which widens them thousands of
-times around the twentieth batch (not offered here); the best epoch on the test set is reported, here the last.
+times around the twentieth batch (not offered here); it reports the best epoch on the test set, this recipe the last.
 
 The paper's quantizer, all layers at n bits, affine and per channel with ranges that are not learned, is
-``paper_spec("w4a4")``. Any other ``QuantSpec`` works too: symmetric steps come from the warm generator's images by the
-MSE criterion, and learned ranges train at a tenth of the learning rate.
+``paper_spec("w4a4")``. Any other ``QuantSpec`` works too: symmetric step sizes come from the warmed-up generator's
+images by the MSE criterion, and learned ranges train at a tenth of the learning rate.
 
 Taught in notebooks 04 and 06.
 """
 
 import copy
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -30,85 +29,68 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
-from dfqlib import losses, quantizer, synthesis
+from dfqlib import losses, quantizer
 from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.generators import CategoricalBatchNormGenerator, ConditionalGenerator
-from dfqlib.recipes.base import Outcome, check_settings
+from dfqlib.recipes import base
+from dfqlib.recipes.base import Outcome
 from dfqlib.spec import QuantSpec
-from dfqlib.training import adam, channels_last, mixed_precision
-from dfqlib.training.numerics import descend, make_optimizer
+from dfqlib.training.numerics import adam, channels_last, descend, make_optimizer, mixed_precision
 from dfqlib.training.session import Stateful
+from dfqlib.training.settings import BF16, BaseSettings, setting
 from dfqlib.training.task import Task, quantized_student
 
 NEEDS_BATCHNORM = True
 
-IMAGES = 256
-"""How many images symmetric ranges are set from, and how many the report shows."""
-
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(BaseSettings):
     """Settings of GDFQ; the defaults are the paper's for CIFAR.
 
     ``budget="quick"`` deviates so that minutes suffice: 10 epochs (and 5 of warm-up) of 25 iterations of 64 images,
     Adam instead of SGD for Q at twice the learning rate, both rates falling to zero along a cosine, bfloat16.
-
-    Attributes:
-        epochs: of fine-tuning, ``iterations`` batches of ``batch`` images each.
-        warm_up_epochs: of the generator alone; 50 for ImageNet.
-        range_epochs: epochs from the start of the warm-up in which affine activation ranges follow the images.
-        training: "alternating" updates G and Q in turn; "two-step" trains G to its end first and then Q (the ablation).
-        generator: "embedding" multiplies the noise by the label's embedding (CIFAR); "categorical" gives each class its
-            own scale and shift in every BatchNorm (ImageNet, many classes).
-        latent: length of the noise vector.
-        label_weight: of the cross-entropy in G's loss; 0 switches it off.
-        bn_weight: of BNS in G's loss (beta of Eq. 9); 0 switches it off.
-        student_label_weight: of the cross-entropy in Q's loss; 0 switches it off.
-        kd_weight: of KD in Q's loss (gamma of Eq. 10); 0 switches it off.
-        temperature: of KD.
-        variant: "paper", or "released" for the losses' averages of the released code.
-        fixed_bn: keep Q's BatchNorm statistics; False lets them drift to the generated images, as training mode does.
-        stop_at: stop training G once M sees the wanted label in this share of the images, over about ten batches; None
-            never stops.
-        lr_g: learning rate of G, Adam with beta (0.5, 0.999).
-        lr_q: learning rate of Q.
-        optimizer: "sgd" (Nesterov, momentum 0.9, decay 1e-4) or "adam", for Q.
-        schedule: "step" divides both rates by ten every ``decay_epochs``; "cosine" lets them fall to zero.
-        decay_epochs: see ``schedule``.
-        bf16: compute in bfloat16 where the processor has it; the result is always evaluated in float32.
     """
 
-    epochs: int = 400
-    warm_up_epochs: int = 4
-    range_epochs: int = 4
-    iterations: int = 200
-    batch: int = 200
-    training: Literal["alternating", "two-step"] = "alternating"
-    generator: Literal["embedding", "categorical"] = "embedding"
-    latent: int = 100
-    label_weight: float = 1.0
-    bn_weight: float = 0.1
-    student_label_weight: float = 1.0
-    kd_weight: float = 1.0
-    temperature: float = 20.0
-    variant: Literal["paper", "released"] = "paper"
-    fixed_bn: bool = True
-    stop_at: float | None = None
-    lr_g: float = 1e-3
-    lr_q: float = 1e-4
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    schedule: Literal["step", "cosine"] = "step"
-    decay_epochs: int = 100
-    bf16: bool = False
+    epochs: int = setting(400, "epochs of fine-tuning")
+    warm_up_epochs: int = setting(4, "epochs of the generator alone; 50 for ImageNet")
+    range_epochs: int = setting(
+        4, "first epochs, warm-up included, over which affine activation ranges are averaged", low=1
+    )
+    iterations: int = setting(200, "iterations of an epoch", low=1)
+    batch: int = setting(200, "images of each iteration", low=2)
+    training: Literal["alternating", "two-step"] = setting(
+        "alternating", "update G and Q in turn, or (the ablation) train G to its end first and then Q"
+    )
+    generator: Literal["embedding", "categorical"] = setting(
+        "embedding",
+        "multiply the noise by the label's embedding (CIFAR), or give each class its own scale and shift in every "
+        "BatchNorm (ImageNet, many classes)",
+    )
+    latent: int = setting(100, "length of the noise vector", low=1)
+    label_weight: float = setting(1.0, "weight of the cross-entropy in G's loss")
+    bn_weight: float = setting(0.1, "weight of BNS in G's loss, beta of Eq. 9")
+    student_label_weight: float = setting(1.0, "weight of the cross-entropy in Q's loss")
+    kd_weight: float = setting(1.0, "weight of KD in Q's loss, gamma of Eq. 10")
+    temperature: float = setting(20.0, "temperature of KD", low=1e-3)
+    variant: Literal["paper", "released"] = setting(
+        "paper", "losses summed as in the paper, or averaged as in its code"
+    )
+    fixed_bn: bool = setting(True, "keep Q's BatchNorm statistics; False lets them drift to the generated images")
+    stop_at: float | None = setting(
+        None, "stop training G once M recognizes the label in this share of the images, over about ten batches"
+    )
+    lr_g: float = setting(1e-3, "learning rate of G, Adam with beta (0.5, 0.999)")
+    lr_q: float = setting(1e-4, "learning rate of Q")
+    optimizer: Literal["sgd", "adam"] = setting("sgd", "of Q; SGD has Nesterov's momentum 0.9 and weight decay 1e-4")
+    schedule: Literal["step", "cosine"] = setting(
+        "step", "divide both learning rates by ten every decay_epochs, or let them fall to zero along a cosine"
+    )
+    decay_epochs: int = setting(100, "see schedule", low=1)
+    bf16: bool = setting(False, BF16)
 
     def __post_init__(self) -> None:
-        check_settings(
-            self, epochs=(0, math.inf), warm_up_epochs=(0, math.inf), range_epochs=(1, math.inf), latent=(1, math.inf),
-            iterations=(1, math.inf), batch=(2, math.inf), label_weight=(0, math.inf), bn_weight=(0, math.inf),
-            student_label_weight=(0, math.inf), kd_weight=(0, math.inf), temperature=(1e-3, math.inf),
-            lr_g=(0, math.inf), lr_q=(0, math.inf), decay_epochs=(1, math.inf),
-        )  # fmt: skip
+        super().__post_init__()
         if self.label_weight == self.bn_weight == 0:
             raise InputError("label_weight=0 and bn_weight=0 leave the generator nothing to learn; set one above 0")
         if self.student_label_weight == self.kd_weight == 0:
@@ -148,49 +130,53 @@ def paper_spec(bits: str) -> QuantSpec:
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
     """Algorithm 1: warm-up of G, ranges of Q, then both in turn."""
     task.session.reseed("generator")
-    forge = Forge(task, settings)
+    training = GeneratorTraining(task, settings)
     student = quantized_student(task, spec)
     with BatchNormProbe(task.teacher) as probe:
         averaging = settings.range_epochs * settings.iterations if spec.scheme == "affine" else 0
-        warm_up(task, forge, student, probe, averaging)
+        warm_up(task, training, student, probe, averaging)
         if not averaging or not settings.warm_up_steps:
-            quantizer.calibrate(student, forge.images(IMAGES))
+            quantizer.calibrate(student, base.generated_images(training.generator))
         calibrated = copy.deepcopy(student)
-        fine_tune(task, forge, student, probe, averaging - settings.warm_up_steps)
+        fine_tune(task, training, student, probe, averaging - settings.warm_up_steps)
     for network in (calibrated, student):
         quantizer.set_mode(network, "quantize")
-    return Outcome(student, forge.images(IMAGES), calibrated)
+    return Outcome(student, base.generated_images(training.generator), calibrated)
 
 
-def warm_up(task: Task, forge: "Forge", student: nn.Module, probe: BatchNormProbe, averaging: int) -> None:
+def warm_up(
+    task: Task, training: "GeneratorTraining", student: nn.Module, probe: BatchNormProbe, averaging: int
+) -> None:
     """Train G alone; the ranges of Q are averaged over its first ``averaging`` batches."""
-    settings = forge.settings
+    settings = training.settings
 
-    def step(index: int) -> dict[str, Tensor]:
-        batch = forge.draw(probe)
+    def iteration(index: int) -> dict[str, Tensor]:
+        batch = training.draw(probe)
         if index < averaging:
             quantizer.set_mode(student, "calibrate")
             with torch.no_grad(), mixed_precision(task.device, settings.bf16):
                 student(batch.images)
         return batch.losses
 
-    task.session.loop("warm-up", settings.warm_up_steps, step, {**forge.state, "student": student})
+    task.session.loop("warm-up", settings.warm_up_steps, iteration, {**training.state, "student": student})
 
 
-def fine_tune(task: Task, forge: "Forge", student: nn.Module, probe: BatchNormProbe, averaging: int) -> None:
+def fine_tune(
+    task: Task, training: "GeneratorTraining", student: nn.Module, probe: BatchNormProbe, averaging: int
+) -> None:
     """Train G and Q in turn, or Q alone where G has been trained to its end; Q in place."""
-    settings = forge.settings
-    steps = settings.epochs * settings.iterations
+    settings = training.settings
+    iterations = settings.epochs * settings.iterations
     groups = quantizer.parameter_groups(student, settings.lr_q, settings.lr_q / 10)
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
     optimizer = make_optimizer(settings.optimizer, groups, settings.lr_q, **sgd)
-    decay = _decay(optimizer, settings, steps)
+    decay = _decay(optimizer, settings, iterations)
     student.train(not settings.fixed_bn)
     faster = quantizer.fused(student) if settings.fixed_bn else student
 
-    def step(index: int) -> dict[str, Tensor]:
+    def iteration(index: int) -> dict[str, Tensor]:
         quantizer.set_mode(student, "calibrate" if index < averaging else "quantize")
-        batch = forge.draw(probe, learn=settings.training == "alternating")
+        batch = training.draw(probe, learn=settings.training == "alternating")
         with mixed_precision(task.device, settings.bf16):
             logits = faster(batch.images)
         loss = losses.gdfq_student_loss(
@@ -201,13 +187,13 @@ def fine_tune(task: Task, forge: "Forge", student: nn.Module, probe: BatchNormPr
         decay.step()
         return {"loss": loss, **batch.losses}
 
-    state = {**forge.state, "student": student, "optimizer": optimizer, "schedule": decay}
-    task.session.loop("fine-tuning", steps, step, state, partial(quantizer.check_steps, student))
+    state = {**training.state, "student": student, "optimizer": optimizer, "schedule": decay}
+    task.session.loop("fine-tuning", iterations, iteration, state, partial(quantizer.check_steps, student))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images made for ``labels``, the full-precision network's logits of them, and what G lost on them."""
+    """Images generated for ``labels``, the full-precision network's logits of them, and G's losses."""
 
     images: Tensor
     labels: Tensor
@@ -215,11 +201,11 @@ class Batch:
     losses: dict[str, Tensor]
 
 
-class Forge:
-    """G and all that trains it: each draw is a batch of images and, if wanted, an update of G by Eq. 9.
+class GeneratorTraining:
+    """G and what trains it: each call of ``draw`` makes a batch of images and, if wanted, updates G by Eq. 9.
 
     Attributes:
-        state: what a checkpoint must hold.
+        state: what a resume file must hold.
     """
 
     def __init__(self, task: Task, settings: Settings) -> None:
@@ -253,13 +239,13 @@ class Forge:
         accuracy = self.accuracy(teacher.detach(), labels)
         return Batch(images.detach(), labels, teacher.detach(), {"generator": loss, "accuracy": accuracy})
 
-    def images(self, count: int) -> Tensor:
-        """Images of balanced labels from G in eval mode."""
-        return synthesis.from_generator(self.generator, count)[0]
+
+Forge = GeneratorTraining
+"""Its name in notebook 04."""
 
 
 class RunningAccuracy(nn.Module):
-    """How many images the full-precision network sees as what they were made for: mean over about ten batches."""
+    """Share of images in which the full-precision network recognizes the label: moving mean over about ten batches."""
 
     mean: Tensor
     best: Tensor
@@ -270,7 +256,7 @@ class RunningAccuracy(nn.Module):
         self.register_buffer("best", torch.zeros(()))
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Take a batch into the mean; returns the batch's own share."""
+        """Add a batch to the mean; returns the batch's own share."""
         share = (logits.argmax(1) == labels).float().mean()
         self.mean.lerp_(share.to(self.mean), 0.1)
         torch.maximum(self.best, self.mean, out=self.best)

@@ -1,4 +1,4 @@
-"""Images that the user gives to a recipe: checked, brought to the network's device, described in the report."""
+"""Images that the user gives to a recipe: checked, moved to the network's device, described in the report."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ def check(images: Any) -> None:
 
 
 def take(task: Task, images: Tensor) -> Tensor:
-    """The images where the teacher is and as it wants them, shape (N, C, H, W), float32.
+    """The images on the teacher's device, shape (N, C, H, W), float32.
 
     Raises:
         InputError: their shape is not the task's.
@@ -37,13 +37,13 @@ def take(task: Task, images: Tensor) -> Tensor:
 
 
 def spread(images: Tensor, count: int) -> Tensor:
-    """At most ``count`` of the images, evenly over all: those of a folder come sorted by class."""
+    """At most ``count`` of the images, spread evenly over all, since a folder's images are sorted by class."""
     count = min(count, len(images))
     return images[torch.arange(count, device=images.device) * len(images) // count]
 
 
 def described(settings: Any) -> dict[str, Any]:
-    """The fields of a settings dataclass by name, a tensor as a text that tells it from any other."""
+    """The fields of a settings dataclass by name, a tensor as its shape and digest."""
     values = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
     return {name: _digest(value) if isinstance(value, Tensor) else value for name, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""ZeroQ (Cai et al., CVPR 2020): images distilled out of noise, then calibration, and no training at all.
+"""ZeroQ (Cai et al., CVPR 2020): images distilled out of noise, then calibration, and no training.
 
 1. *Distilled data.* Optimize Gaussian noise until every image alone has, before each BatchNorm layer, the stored mean
    and standard deviation: ``min_x sum_l ||mu_l(x) - mu_l||^2 + ||sigma_l(x) - sigma_l||^2``, and mean 0 and deviation 1
@@ -7,13 +7,12 @@
 
 Where the released code differs: it starts from uniform noise, and it pairs convolutions with BatchNorm layers by the
 order of their definition, which breaks at a convolution without one. Here the BatchNorm layers themselves are hooked.
-Its choice of a width per layer (the Pareto frontier) is not part of this recipe: layers have the widths of ``bits``.
+Its choice of a bit width per layer (the Pareto frontier) is not part of this recipe: ``bits`` sets the bit widths.
 The paper's quantizer is ``QuantSpec(scheme="affine", granularity="channel", step="fixed")``.
 
 Taught in notebook 03.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,44 +20,34 @@ from torch import Tensor
 
 from dfqlib import losses, synthesis
 from dfqlib.batchnorm import BatchNormProbe
-from dfqlib.recipes.base import Outcome, check_settings
+from dfqlib.recipes import base
+from dfqlib.recipes.base import Outcome
 from dfqlib.spec import QuantSpec
+from dfqlib.training.settings import BF16, BaseSettings, setting
 from dfqlib.training.task import Task, calibrated_student
 
 NEEDS_BATCHNORM = True
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of ZeroQ. Both budgets have the paper's 500 iterations; "quick" computes them in bfloat16.
+class Settings(BaseSettings):
+    """Settings of ZeroQ. Both budgets have the paper's 500 iterations; "quick" computes them in bfloat16."""
 
-    Attributes:
-        images: distilled images, optimized in one batch.
-        iterations: Adam steps on the pixels.
-        lr: learning rate of Adam, divided by ten whenever the loss has not improved for ``patience`` iterations.
-        patience: see ``lr``.
-        clip: how step quantizers find their clip threshold, one of ``clipping.METHODS``; the paper takes the largest
-            magnitude. Affine quantizers always take minimum and maximum.
-        bf16: distil in bfloat16 where the processor has it.
-    """
-
-    images: int = 64
-    iterations: int = 500
-    lr: float = 0.5
-    patience: int = 100
-    clip: Literal["max", "mse", "aciq", "kl"] = "max"
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        rules = {"images": (1, math.inf), "iterations": (0, math.inf), "lr": (0, math.inf), "patience": (0, math.inf)}
-        check_settings(self, **rules)
+    images: int = setting(64, "distilled images, optimized in one batch", low=1)
+    iterations: int = setting(500, "iterations of Adam on the pixels")
+    lr: float = setting(0.5, "learning rate of Adam")
+    patience: int = setting(100, "iterations without a lower loss after which lr is divided by ten")
+    clip: Literal["max", "mse", "aciq", "kl"] = setting(
+        "max", f"{base.CLIP}; the paper takes the largest magnitude, and affine quantizers always minimum and maximum"
+    )
+    bf16: bool = setting(False, BF16)
 
 
 BUDGETS = {"quick": Settings(bf16=True), "published": Settings()}
 
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
-    """Distilled images, then ranges from them; what is calibrated is the result."""
+    """Distilled images, and ranges from them."""
     images = distilled_data(task, settings)
     model = calibrated_student(task, spec, images, method=settings.clip)
     return Outcome(model, images, calibrated=model)

@@ -1,4 +1,4 @@
-"""The loop under every phase of every recipe, and two ways to train a student: on images, or against generators.
+"""The loop of every phase of every recipe, and two methods to train a student: on images, or against generators.
 
 Taught in notebook 07.
 """

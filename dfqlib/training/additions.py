@@ -1,4 +1,4 @@
-"""What later papers add to express beside losses: mixed labels, a filter, a perturbation, features to align."""
+"""What later papers add to express beside losses: mixed labels, a perturbation, features to align."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,12 @@ from dfqlib import batchnorm
 
 
 def superposed_labels(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
-    """Make some labels mixtures of classes, so that images come to lie between them (Qimera, NeurIPS 2021).
+    """Make some labels mixtures of classes, so that images lie between classes (Qimera, NeurIPS 2021).
 
     Qimera mixes K label embeddings at the input of a generator, and its label loss has the same mixture as target;
-    K is 2 of 10 classes, 10 of 100, with weights softmax(N(0, 1)^K). Without a generator the target is all there is to
-    mix: that of the label loss in synthesis. Here each image is mixed or not (there each batch), and the K classes are
-    the image's own and others (there drawn with repetition).
+    K is 2 of 10 classes, 10 of 100, with weights softmax(N(0, 1)^K). Here, without a generator, only the target of the
+    label loss in synthesis is mixed. Each image is mixed or not (in Qimera each batch), and the K classes are the
+    image's own and others (in Qimera drawn with repetition).
 
     Args:
         labels: classes, shape (N,).
@@ -37,10 +37,10 @@ def superposed_labels(labels: Tensor, classes: int, share: float, seed: int) -> 
 
 
 def perturbed(batch: Tensor, loss: Callable[[Tensor], Tensor], epsilon: float) -> Tensor:
-    """The images a step up the loss, ``x + epsilon sign(grad_x L(x))``: harder for the student (HAST, CVPR 2023).
+    """The images after a step up the loss, ``x + epsilon sign(grad_x L(x))``, harder for the student (HAST, CVPR 2023).
 
     Args:
-        batch: shape (B, C, H, W), normalized; so is ``epsilon``, a step of a channel is epsilon times its deviation.
+        batch: shape (B, C, H, W), normalized; in pixels the step is epsilon times a channel's standard deviation.
         loss: of a batch of images.
         epsilon: 0.01 in HAST.
     """
@@ -50,9 +50,9 @@ def perturbed(batch: Tensor, loss: Callable[[Tensor], Tensor], epsilon: float) -
 
 
 class Features:
-    """What left each BatchNorm layer of a network since last asked, in the order the layers ran.
+    """Hooks that keep the outputs of a network's BatchNorm layers, in the order in which the layers ran.
 
-    HAST aligns what leaves a residual block's last layer; every BatchNorm layer is what any network has.
+    HAST aligns the outputs of residual blocks; BatchNorm layers exist in other networks too.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -72,6 +72,6 @@ class Features:
         self._seen.append(output)
 
     def take(self) -> list[Tensor]:
-        """The feature maps; empties the list."""
+        """The feature maps since the last call."""
         seen, self._seen = self._seen, []
         return seen

@@ -1,4 +1,4 @@
-"""Random changes of a batch of images, and the filter of SynQ: what the teacher sees must not hang on one pixel."""
+"""Random changes of a batch of images, and the low-pass filter of SynQ."""
 
 import math
 
@@ -11,7 +11,7 @@ __all__ = ["cutmix", "low_pass", "shift_and_flip"]
 def shift_and_flip(images: Tensor, shift: int = 2, flip: bool = True) -> Tensor:
     """Shift a batch by up to ``shift`` pixels each way, wrapping around, and mirror it half of the time.
 
-    One draw for the whole batch, as DeepInversion does: what the teacher sees must not depend on a pixel's place.
+    One draw for the whole batch, as in DeepInversion, so that images do not depend on the position of single pixels.
     """
     down, right = torch.randint(-shift, shift + 1, (2,)).tolist()
     images = images.roll((down, right), (2, 3))
@@ -19,10 +19,10 @@ def shift_and_flip(images: Tensor, shift: int = 2, flip: bool = True) -> Tensor:
 
 
 def cutmix(images: Tensor) -> tuple[Tensor, float]:
-    """Replace a random box of each image by that of another; its area is uniform in 0 ... 1 (CutMix, Yun et al.).
+    """Replace a random box of each image by that of another; the box's area is uniform in 0 ... 1 (CutMix, Yun et al.).
 
     Returns:
-        The images, of which image n has its box from image -1 - n, and the share of the area that is an image's own.
+        The images, image n with a box of image -1 - n, and the share of the area that is an image's own.
     """
     height, width = images.shape[2:]
     share = float(torch.rand(())) ** 0.5

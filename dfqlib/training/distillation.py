@@ -1,11 +1,12 @@
-"""Fine-tuning on a fixed set of images: distill the teacher into a student on shifted, mirrored and mixed copies."""
+"""Fine-tuning on a fixed set of images: distill the teacher into a student on shifted, mirrored and mixed copies.
 
-import math
+Read ``FineTuning.iteration`` first.
+"""
+
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,72 +19,55 @@ from dfqlib.training.additions import Features, perturbed
 from dfqlib.training.augment import cutmix, shift_and_flip
 from dfqlib.training.numerics import adam, descend, mixed_precision
 from dfqlib.training.session import Stateful
+from dfqlib.training.settings import BF16, BaseSettings, setting
 from dfqlib.training.task import Task
 
-RULES = {
-    "steps": (0, math.inf), "batch": (1, math.inf), "lr": (0, math.inf), "step_lr": (0, math.inf),
-    "temperature": (1e-3, math.inf), "cutmix": (0, 1), "shift": (0, math.inf),
-}  # fmt: skip
-"""Smallest and largest value of the settings below, for ``check_settings``."""
 SMALLEST_STEP = 0.01
-"""How far a channel's learned step may shrink, as a share of what fine-tuning began with."""
-QUANTIZED_RULES = {**RULES, "integer_share": (0, 1), "perturbation": (0, math.inf), "alignment": (0, math.inf)}
+"""How far the learned step size of a channel may shrink, as a share of its value before fine-tuning."""
 
 
-class Tuning(Protocol):
-    """The settings of fine-tuning.
+@dataclass(frozen=True, eq=False)
+class Tuning(BaseSettings):
+    """Settings of fine-tuning."""
 
-    Attributes:
-        steps: fine-tuning steps of ``batch`` images.
-        lr: peak learning rate of Adam's one cycle.
-        step_lr: learning rate of the quantizers' steps as a share of ``lr``.
-        temperature: of the distillation loss.
-        cutmix: share of batches in which a box of each image comes from another.
-        shift: largest random shift in pixels; flip: random mirroring.
-        bf16: compute in bfloat16 where the processor has it.
-    """
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def step_lr(self) -> float: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def cutmix(self) -> float: ...
-    @property
-    def shift(self) -> int: ...
-    @property
-    def flip(self) -> bool: ...
-    @property
-    def bf16(self) -> bool: ...
+    steps: int = setting(400, "iterations of fine-tuning")
+    batch: int = setting(64, "images of each iteration", low=1)
+    lr: float = setting(2e-4, "peak learning rate of Adam's one cycle at 4 bits, doubled for each bit fewer")
+    step_lr: float = setting(0.1, "learning rate of the quantizers' step sizes as a share of the weights'")
+    temperature: float = setting(4.0, "of the distillation loss", low=1e-3)
+    cutmix: float = setting(1.0, "share of fine-tuning batches in which a box of each image comes from another", high=1)
+    shift: int = setting(2, "largest random shift of the images, in pixels")
+    flip: bool = setting(True, "mirror images at random")
+    bf16: bool = setting(True, BF16)
 
 
-class QuantizedTuning(Tuning, Protocol):
-    """The same for a quantized student.
+@dataclass(frozen=True, eq=False)
+class QuantizedTuning(Tuning):
+    """Settings of fine-tuning a quantized student further: computing as its file will, and ideas of HAST."""
 
-    Attributes:
-        integer_share: share of the last steps in which the student computes in integers.
-        compiled: fine-tune in kernels compiled for the network where there is a compiler.
-        perturbation, alignment: see ``Additions``.
-    """
+    integer_share: float = setting(
+        0.0,
+        "share of the iterations, the last ones, in which the student computes in integers, biases and sums included, "
+        "as its exported file does; what integers round is written into the result, whose accuracy is then the file's",
+        high=1,
+    )
+    compiled: bool = setting(
+        False, "fine-tune in kernels compiled for the network: 20 s to compile, then iterations in 3/4 of the time"
+    )
+    perturbation: float = setting(
+        0.0, "length of the step, in normalized pixels, up the student's loss that each batch takes first; HAST's 0.01"
+    )
+    alignment: float = setting(
+        0.0, "weight of the channel attention's distance; HAST's 1000, its distillation loss counted 20 times"
+    )
 
-    @property
-    def integer_share(self) -> float: ...
-    @property
-    def compiled(self) -> bool: ...
-    @property
-    def perturbation(self) -> float: ...
-    @property
-    def alignment(self) -> float: ...
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_acting(self, "perturbation", "alignment")
 
 
-def check_acting(settings: QuantizedTuning, *names: str) -> None:
-    """Raise InputError for the first of these settings that is above 0 although there are no steps for it to act in."""
+def check_acting(settings: Tuning, *names: str) -> None:
+    """Raise InputError for the first of these settings that is above 0 although ``steps=0`` leaves no fine-tuning."""
     for name in names:
         if getattr(settings, name) and settings.steps == 0:
             raise InputError(f"{name}={getattr(settings, name)} acts in fine-tuning, and steps=0 leaves none; drop one")
@@ -91,14 +75,14 @@ def check_acting(settings: QuantizedTuning, *names: str) -> None:
 
 @dataclass(frozen=True)
 class Additions:
-    """What later papers add to the loss of a step; nothing by default.
+    """What later papers add to an iteration; nothing by default.
 
     Attributes:
-        labels: what each image shows, probabilities times the weight of their cross-entropy, shape (N, classes), rows
-            of zeros where that is not to be learned (SynQ). CutMix mixes them by area, as in its paper.
-        perturbation: step up the loss that each batch takes before it is learned (HAST, whose code learns the batch as
-            it was, too).
-        alignment: weight of the channel attention's distance from the teacher's (HAST).
+        labels: probabilities of the classes times the weight of the label cross-entropy, shape (N, classes), rows of
+            zeros for images whose label is not learned (SynQ). CutMix mixes them by area, as in its paper.
+        perturbation: length of the step up the loss that each batch takes before the update (HAST, whose code trains
+            on the unchanged batch as well).
+        alignment: weight of the distance between the channel attentions of student and teacher (HAST).
     """
 
     labels: Tensor | None = None
@@ -110,21 +94,20 @@ NOTHING = Additions()
 
 
 class FineTuning:
-    """Bring a student close to the teacher on mixtures of images, in place; its mode stays as it is.
+    """Distill the teacher into a student on mixtures of images, in place; the student's mode does not change.
 
-    Where no setting changes the images from batch to batch, the teacher sees each of them once.
+    Where no setting varies the images, the teacher's logits are computed once for all iterations.
 
     Args:
-        task: the job.
+        task: the teacher, its images' shape and the session.
         student: quantized or smaller.
         images: shape (N, C, H, W).
-        settings: see ``Tuning``; its ``lr`` is not read, the peak is ``lr``.
-        lr: peak learning rate.
-        network_at: the network that computes the student's logits at an iteration, where that is not ``student``.
-        additions: further terms; ``alignment`` has no effect while ``network_at`` gives another network, which has no
+        settings: of fine-tuning; ``settings.lr`` is not read.
+        lr: peak learning rate, for example ``peak_lr(settings.lr, spec)``.
+        network_at: returns the network that computes the student's logits at an iteration; None for ``student``.
+        additions: further terms. ``alignment`` acts only while ``student`` itself computes the logits: it needs the
             BatchNorm layers.
-        compiled: compute ``student`` in kernels made for it (``quantizer.compiled``), unless ``alignment`` needs its
-            BatchNorm layers.
+        compiled: compute ``student`` with ``quantizer.compiled``, unless ``alignment`` is above 0.
     """
 
     def __init__(
@@ -164,12 +147,12 @@ class FineTuning:
         return {"loss": loss}
 
     def vary(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The images of these rows, shifted, mirrored and mixed, and what they show where that is learned too."""
+        """The images of these rows, shifted, mirrored and mixed, and the labels in ``additions`` mixed alike."""
         settings, own_area = self.settings, 1.0
         images = shift_and_flip(self.images[rows], settings.shift, settings.flip)
         if torch.rand(()) < settings.cutmix:
             images, own_area = cutmix(images)
-        if self.compiled:  # mirrored and shifted images are laid out otherwise, and each layout is compiled anew
+        if self.compiled:  # shifting and mirroring change the memory layout, and each layout is compiled anew
             images = images.contiguous(memory_format=torch.channels_last)
         if self.additions.labels is None:
             return images, None
@@ -191,12 +174,12 @@ class FineTuning:
         return loss
 
     def network(self, index: int, images: Tensor) -> nn.Module:
-        """What computes the student's logits at this iteration: itself, or the same in fewer passes."""
+        """The network that computes the student's logits at this iteration: the student, or a faster form of it."""
         network = self.student if self.network_at is None else self.network_at(index)
         traced = isinstance(self.student, fx.GraphModule) and not self.student.training
         if network is not self.student or self.aligned or not traced:
             return network
-        if self.fast_student is None:  # not before: Ctrl-C waits for an iteration, and a finished run compiles nothing
+        if self.fast_student is None:  # only now, so that resuming a finished run compiles nothing
             self.fast_student = quantizer.fused(self.student)
             if self.compiled:
                 with mixed_precision(self.task.device, self.settings.bf16):
@@ -204,7 +187,7 @@ class FineTuning:
         return self.fast_student
 
     def teacher_logits(self, images: Tensor, rows: Tensor) -> Tensor:
-        """The teacher's logits of the images, computed once where the images do not change."""
+        """The teacher's logits of these images, from the cache if there is one."""
         if self.cached_logits is not None:
             return self.cached_logits[rows]
         with torch.set_grad_enabled(images.requires_grad):
@@ -239,15 +222,16 @@ def fine_tune(
     additions: Additions = NOTHING,
     compiled: bool = False,
 ) -> None:
-    """Bring ``student`` close to the teacher on mixtures of ``images``, in place. Arguments: see ``FineTuning``."""
+    """Distill the teacher into ``student`` on mixtures of ``images``, in place. Arguments: see ``FineTuning``."""
     FineTuning(task, student, images, settings, lr, network_at, additions, compiled).run(phase)
 
 
 def step_floors(student: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """The learned steps of quantizers with one per channel, and the smallest that each may become.
+    """The learned step sizes of the quantizers per channel, each with the smallest values that it may take.
 
-    Adam moves every number by about its learning rate, however small that number is: the step of a channel that is
-    all but dead would be carried through zero. A whole tensor's step that gets there is a learning rate too high.
+    Adam changes every number by about its learning rate, however small the number is, so the step size of a nearly
+    dead channel could cross zero. A step size per tensor has no floor: if it gets that small, the learning rate is too
+    high.
     """
     found = [each for _, each in quantizer.quantizers(student) if isinstance(each, quantizer.StepQuantizer)]
     learned = [each.step for each in found if each.step.requires_grad and each.step.numel() > 1]
@@ -256,11 +240,11 @@ def step_floors(student: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def keep_above(floors: list[tuple[Tensor, Tensor]]) -> None:
-    """Put steps that have sunk below their floor back onto it."""
+    """Raise step sizes that have fallen below their floor to it."""
     for step, floor in floors:
         step.clamp_(min=floor)
 
 
 def peak_lr(lr: float, spec: QuantSpec) -> float:
-    """The learning rate at 4 bits, doubled with each bit fewer that the narrower of weights and activations has."""
+    """``lr``, the learning rate at 4 bits, doubled for each bit fewer; the smaller of the two bit widths counts."""
     return lr * 2.0 ** (4 - min(4, spec.weight_bits, spec.activation_bits))

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: a check before the work, and a temporary one that takes its place at the end."""
+"""Files that are written whole or not at all, and a check before the work that they can be written."""
 
 import os
 import tempfile
@@ -31,7 +31,7 @@ def check_writable(path: Path, argument: str) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside ``path`` that takes its place at the end: a reader never sees half a file."""
+    """A temporary file beside ``path`` that replaces it at the end, so that no reader sees half a file."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)

@@ -1,7 +1,7 @@
-"""What computes here: the processor's name, those of its instructions that count, and whether it multiplies bfloat16.
+"""The processor: its name, the instructions that affect results and speed, and whether it multiplies bfloat16.
 
-The environment can make PyTorch's libraries take the kernels of an older processor (``ONEDNN_MAX_CPU_ISA=AVX2
-ATEN_CPU_CAPABILITY=avx2``); what is said here follows.
+Environment variables can restrict PyTorch to the kernels of an older processor (``ONEDNN_MAX_CPU_ISA=AVX2
+ATEN_CPU_CAPABILITY=avx2``); the name and ``has_bfloat16`` take them into account.
 """
 
 import os
@@ -20,7 +20,7 @@ FEATURES = {
     "dot products": ("asimddp",),
     "I8MM": ("i8mm",),
 }
-"""Instructions that decide how fast, and how exactly, a network is computed, and what Linux calls them."""
+"""Instructions that affect speed and rounding, and their names on Linux."""
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
@@ -45,7 +45,7 @@ def _name_and_features() -> str:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 natively, and the kernels at hand let it."""
+    """Whether the device multiplies bfloat16 natively and PyTorch uses that."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     if device.type != "cpu":

@@ -1,4 +1,4 @@
-"""What makes training fast on a CPU and changes no result that counts: bfloat16, one-pass Adam, channels last."""
+"""Fast training on a CPU without a change that matters to results: bfloat16, fused Adam, channels last."""
 
 from typing import Any
 
@@ -15,19 +15,19 @@ __all__ = ["adam", "channels_last", "descend", "make_optimizer", "mixed_precisio
 def mixed_precision(device: torch.device, enabled: bool = True) -> torch.autocast:
     """bfloat16 inside the block where the processor multiplies it natively, float32 elsewhere.
 
-    For training and synthesis only: rounding a quantized network's values once more moves its codes, and a 4-bit
-    network evaluated so agrees with itself on 92 % of images.
+    For training and synthesis only: rounding a quantized network's values once more changes its integer values, and a
+    4-bit network evaluated so agrees with itself on 92 % of images.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled and has_bfloat16(device))
 
 
 def adam(parameters: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
-    """Adam in one pass over each tensor: a network has hundreds of small ones, for which ten passes are mostly waiting.
+    """Fused Adam: one pass over each of a network's hundreds of small tensors instead of ten, which are mostly waiting.
 
     Args:
         parameters: tensors, or groups of them.
-        lr: learning rate of those without one of their own.
-        betas: decays of the two moments.
+        lr: learning rate of groups that have none.
+        betas: decay rates of the two moments.
     """
     return torch.optim.Adam(parameters, lr, betas, fused=True)
 
@@ -46,7 +46,7 @@ def make_optimizer(name: str, groups: Any, lr: float, **sgd: Any) -> Optimizer:
 
 
 def descend(optimizer: Optimizer, loss: Tensor) -> None:
-    """One step down ``loss`` of what ``optimizer`` trains; gradients of anything else are not even computed."""
+    """One step down ``loss`` of the optimizer's parameters; no other gradients are computed."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
     optimizer.step()

@@ -1,7 +1,7 @@
-"""The one loop under every phase of every recipe: progress, history, Ctrl-C, checkpoint and resume.
+"""The loop of every phase of every recipe: progress, history, Ctrl-C, saving and resuming.
 
-A phase is a step function called so many times. The step returns its losses as scalar tensors; the loop records
-them, stops at the first one that is not finite, and saves or restores whatever has a ``state_dict``.
+A phase calls a step function a number of times. The step returns its losses as scalar tensors; the loop records them,
+stops at the first one that is not finite, and saves or restores whatever has a ``state_dict``.
 
 Taught in notebook 07.
 """
@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 from dfqlib.errors import InputError, NonFiniteError
 from dfqlib.training.files import check_writable, written_whole
 
-LOOK_EVERY = 10
-"""Steps between two looks at the losses' values: each look waits for the device to finish."""
+LOG_EVERY = 10
+"""Steps between two rows of the history: reading the losses waits for the device to finish."""
 SAVE_EVERY = 30.0
-"""Seconds between two checkpoints."""
+"""Seconds between two savings of the resume file."""
 
 
 class Stateful(Protocol):
@@ -43,23 +43,23 @@ Step = Callable[[int], Mapping[str, Tensor]]
 
 @dataclass
 class Session:
-    """One run of a recipe: its seed, its history and, where wanted, its checkpoint file.
+    """One run of a recipe: its seed, its history and, if wanted, its resume file.
 
     Attributes:
-        seed: with the phase's name it seeds each phase, so that a resumed run draws what an unbroken one draws.
+        seed: each phase is seeded by it and the phase's name, so that a resumed run equals an unbroken one.
         progress: show a bar per phase.
-        checkpoint: file to save to and to resume from; None for neither.
-        identity: the run's settings by name; a checkpoint with other ones is refused.
-        history: a row per look, ``{"phase", "step", "seconds", <loss>: value, ...}``, ready for a DataFrame.
-        steps: likewise for what ``check`` returned, ``{"phase", "step", <quantizer>: step, ...}``.
-        interrupted: Ctrl-C ended a phase early; the phases after it are skipped and what is done stands.
+        resume: the resume file; None saves nothing.
+        identity: the run's settings by name; a resume file with other ones is refused.
+        history: a row every ``LOG_EVERY`` steps, ``{"phase", "step", "seconds", <loss>: value, ...}``.
+        steps: likewise what ``check`` returned, ``{"phase", "step", <quantizer>: step size, ...}``.
+        interrupted: Ctrl-C ended a phase early; later phases are skipped and the results so far are kept.
 
     Taught in notebook 07.
     """
 
     seed: int = 0
     progress: bool = True
-    checkpoint: Path | None = None
+    resume: Path | None = None
     identity: Mapping[str, str] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -68,16 +68,16 @@ class Session:
     _started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        if self.checkpoint is None:
+        if self.resume is None:
             return
-        check_writable(self.checkpoint, "checkpoint")
-        if self.checkpoint.exists():
-            self._resume(self.checkpoint)
+        check_writable(self.resume, "resume")
+        if self.resume.exists():
+            self._resume(self.resume)
 
     def reseed(self, purpose: str) -> int:
         """Seed PyTorch for one purpose within the run, such as a phase; returns the seed.
 
-        Runs of different seeds, and different purposes of one run, draw from streams that have nothing in common.
+        Runs with different seeds, and different purposes of one run, have independent random numbers.
         """
         digest = hashlib.sha256(f"{self.seed} {purpose}".encode()).digest()
         stream = int.from_bytes(digest[:7], "big")
@@ -93,18 +93,18 @@ class Session:
         check: Callable[[], Mapping[str, float]] | None = None,
         finished: Callable[[list[dict[str, Any]]], bool] | None = None,
     ) -> None:
-        """Call ``step(i)`` for i = 0 ... steps - 1, resuming where the checkpoint left off.
+        """Call ``step(i)`` for i = 0 ... steps - 1, continuing from the resume file.
 
-        Ctrl-C waits for the step at hand, so that what is kept and saved is whole; a second one does not wait.
+        Ctrl-C waits for the current step to end, so that a whole state is kept and saved; a second one does not wait.
 
         Args:
-            phase: name in the history and the checkpoint, unique within the run.
+            phase: name in the history and the resume file, unique within the run.
             steps: number of steps.
-            step: does one step and returns its losses, scalar tensors by name; nothing reads them in between.
-            state: what must be saved for the phase to be resumed.
-            check: called at every look; raises when something else than a loss went wrong, returns what to keep in
-                ``steps``.
-            finished: called at every look with the phase's rows of the history; True ends the phase early.
+            step: does one step and returns its losses, scalar tensors by name.
+            state: what the resume file must hold of the phase.
+            check: called for every row of the history; raises for failures other than a non-finite loss, returns a row
+                of ``steps``.
+            finished: called with the phase's rows of the history after each; True ends the phase early.
 
         Raises:
             NonFiniteError: a loss became NaN or infinite; names the phase, the loss and the step.
@@ -115,26 +115,20 @@ class Session:
         first = self._restore(phase, state)
         saved, done = time.perf_counter(), first
         pending: list[Mapping[str, Tensor]] = []
-        bar = tqdm(
-            range(first, steps),
-            initial=first,
-            total=steps,
-            desc=phase,
-            disable=not self.progress,
-            leave=False,
-        )
+        shown = {"desc": phase, "disable": not self.progress, "leave": False}
+        bar = tqdm(range(first, steps), initial=first, total=steps, **shown)
         with _held_interrupt() as interrupt, bar:
             try:
                 for index in bar:
-                    # Without their graphs, which would keep tensors of all the steps since the last look in memory.
+                    # Without their graphs, which would keep the tensors of all steps since the last row in memory.
                     pending.append({name: value.detach() for name, value in step(index).items()})
                     done = index + 1
-                    if done % LOOK_EVERY == 0 or done == steps or interrupt.is_set():
-                        bar.set_postfix(self._look(phase, done, pending))
+                    if done % LOG_EVERY == 0 or done == steps or interrupt.is_set():
+                        bar.set_postfix(self._log(phase, done, pending))
                         if check is not None and (found := check()):
                             self.steps.append({"phase": phase, "step": done, **found})
                         pending = []
-                        if self.checkpoint and time.perf_counter() - saved > SAVE_EVERY and done < steps:
+                        if self.resume and time.perf_counter() - saved > SAVE_EVERY and done < steps:
                             self._save(phase, done, state)
                             saved = time.perf_counter()
                     if interrupt.is_set():
@@ -147,7 +141,7 @@ class Session:
                 tqdm.write(f"{phase}: interrupted after {done} of {steps} steps; keeping what is done", sys.stderr)
             self._save(phase, done, state)
 
-    def _look(self, phase: str, done: int, pending: list[Mapping[str, Tensor]]) -> dict[str, str]:
+    def _log(self, phase: str, done: int, pending: list[Mapping[str, Tensor]]) -> dict[str, str]:
         names = list(pending[-1])
         values = torch.stack([torch.stack([losses[name].detach().float() for name in names]) for losses in pending])
         bad = (~torch.isfinite(values)).nonzero()
@@ -176,17 +170,17 @@ class Session:
             return int(saved["step"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
-                f"checkpoint={self.checkpoint}: what it holds of {phase} does not fit this run; name another file"
+                f"resume={self.resume}: what it holds of {phase} does not fit this run; name another file"
             ) from error
 
     def _save(self, phase: str, step: int, state: Mapping[str, Stateful]) -> None:
-        if self.checkpoint is None:
+        if self.resume is None:
             return
         states = {name: item.state_dict() for name, item in state.items()}
         self._phases[phase] = {"step": step, "state": states, "rng": torch.get_rng_state()}
         content: dict[str, Any] = {"identity": dict(self.identity), "phases": self._phases}
         content |= {"history": self.history, "steps": self.steps}
-        with written_whole(self.checkpoint) as temporary:
+        with written_whole(self.resume) as temporary:
             torch.save(content, temporary)
 
     def _resume(self, path: Path) -> None:
@@ -197,13 +191,13 @@ class Session:
             earlier = history[-1]["seconds"] if history else 0.0
         except Exception as error:
             raise InputError(
-                f"checkpoint={path} is not a checkpoint of a dfqlib run; name another file or remove it"
+                f"resume={path} is not the resume file of a dfqlib run; name another file or remove it"
             ) from error
         changed = [name for name in {**identity, **self.identity} if identity.get(name) != self.identity.get(name)]
         if changed:
             theirs, ours = (", ".join(f"{n}={run.get(n)}" for n in changed) for run in (identity, self.identity))
             raise InputError(
-                f"checkpoint={path} is of a run with {theirs}, now {ours}; repeat its settings or name another file"
+                f"resume={path} is of a run with {theirs}, now {ours}; repeat its settings or name another file"
             )
         self._phases, self.history, self.steps = phases, history, steps
         self._started -= earlier
@@ -211,11 +205,11 @@ class Session:
 
 @contextmanager
 def _held_interrupt() -> Iterator[threading.Event]:
-    """Note the first Ctrl-C in an event instead of raising at once, halfway through a step; the second one raises."""
+    """Note the first Ctrl-C in an event instead of interrupting a step; the second one raises."""
     interrupt = threading.Event()
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield interrupt  # somebody else decides what Ctrl-C does here
+        yield interrupt  # another handler decides what Ctrl-C does
         return
 
     def note(*_: Any) -> None:

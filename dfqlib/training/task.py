@@ -1,4 +1,4 @@
-"""One job: a teacher, the shape of its images, a run; and the quantized students that it starts from."""
+"""The task of a recipe (a teacher, the shape of its images, a session), and the quantized students made for it."""
 
 from dataclasses import dataclass
 
@@ -17,13 +17,13 @@ ImageShape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Task:
-    """One job for a recipe.
+    """The task of a recipe.
 
     Attributes:
         teacher: the trained network: a copy, frozen, in eval mode, on the device.
         image_shape: (channels, height, width).
         classes: number of logits.
-        session: seed, progress, history, checkpoint.
+        session: seed, progress, history, resume file.
     """
 
     teacher: nn.Module
@@ -33,12 +33,12 @@ class Task:
 
     @property
     def device(self) -> torch.device:
-        """Where the teacher is."""
+        """Device of the teacher."""
         return next(self.teacher.parameters()).device
 
 
 def quantized_student(task: Task, spec: QuantSpec) -> nn.Module:
-    """The quantized network, trainable, in eval mode, its ranges still to be set; they are trained if learned."""
+    """The quantized network, trainable, in eval mode, not calibrated; its ranges are trained if ``spec`` says so."""
     student = quantizer.quantize_layers(task.teacher, spec)
     channels_last(student).requires_grad_(True)
     student.meta["image_shape"] = task.image_shape

@@ -179,6 +179,21 @@ def test_networks_and_recipes_are_listed(dfq: Callable[..., Result]) -> None:
     listed = dfq("recipes").out
     assert all(f"{name}: " in listed for name in recipes.names())
     assert "synthesis_steps=200" in listed
+    explained = dfq("recipes", "express").out
+    assert "    cutmix=1.0" in explained
+    assert "a box of each image comes from another (from 0 to 1)" in explained
+    assert "zeroq" not in explained
+    assert "known are" in dfq("recipes", "magic").err
+
+
+def test_both_kinds_of_file_are_described_by_the_same_facts(dfq: Callable[..., Result], tmp_path: Path) -> None:
+    shares = {}
+    for name, share in (("q.pt", "0%"), ("q.onnx", "20%")):
+        printed = dfq(*DIGITS, "--output", tmp_path / name).out
+        assert f"fine-tuned in integers, as an exported file computes: {share} of the iterations\n" in printed
+        assert "channels stored in 7 bits instead of 8, to compute the same on any processor: " in printed
+        (shares[name],) = [line for line in printed.splitlines() if "multiply-accumulates are quantized" in line]
+    assert shares["q.pt"] == shares["q.onnx"]
 
 
 # Ctrl-C and resuming
@@ -199,7 +214,7 @@ def test_ctrl_c_writes_what_is_done_and_the_same_command_goes_on(
         patch.setattr(distillation, "cutmix", pressed)
         result = dfq(*DIGITS, "--output", part, "--resume", resume)
     assert result.code == 130
-    assert f"interrupted; {part} has what was done; the same command goes on from {resume}" in result.err
+    assert f"interrupted; {part} has what was done; the same command resumes from {resume}" in result.err
     assert result.out == ""
     calibrated = dfqlib.load_quantized(part).state_dict()
     assert dfq(*DIGITS, "--output", part, "--resume", resume).code == 0
@@ -226,7 +241,7 @@ def test_ctrl_c_before_the_work_leaves_nothing(
 @pytest.fixture
 def refused(dfq: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The message of an error; the work has not begun and nothing was written."""
-    monkeypatch.setattr(recipes, "_Run", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(recipes, "_run", lambda *_, **__: pytest.fail("the work began"))
 
     def run(*arguments: Any) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -289,7 +304,7 @@ def test_a_file_to_resume_from_that_is_something_else(dfq: Callable[..., Result]
     (tmp_path / "run.ckpt").write_bytes(b"something else")
     result = dfq(*DIGITS, "--output", tmp_path / "q.pt", "--resume", tmp_path / "run.ckpt")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "is not a checkpoint of a dfqlib run; name another file or remove it" in result.err
+    assert "is not the resume file of a dfqlib run; name another file or remove it" in result.err
     assert (tmp_path / "run.ckpt").read_bytes() == b"something else"
     assert not (tmp_path / "q.pt").exists()
 

@@ -82,8 +82,8 @@ def test_all_ideas_are_off_by_default_in_every_budget_and_go_together(teacher: n
 
 def test_a_run_with_everything_is_resumed_where_it_stopped(teacher: nn.Module, tmp_path: Any) -> None:
     everything = {name: value for flag in FLAGS.values() for name, value in flag.items()}
-    whole = run(teacher, **everything, checkpoint=tmp_path / "run.pt")
-    again = run(teacher, **everything, checkpoint=tmp_path / "run.pt")
+    whole = run(teacher, **everything, resume=tmp_path / "run.pt")
+    again = run(teacher, **everything, resume=tmp_path / "run.pt")
     assert same(whole.model, again.model)
     assert torch.equal(whole.images, again.images)
     assert whole.history == again.history
@@ -150,7 +150,7 @@ def test_the_share_says_how_many_labels_are_mixed() -> None:
 def test_superposed_images_lie_between_classes(teacher: nn.Module, task: Task) -> None:
     between = express.Settings(images=20, synthesis_steps=60, superposed=1.0, label_weight=2.0)
     single = express.Settings(images=20, synthesis_steps=60, label_weight=2.0)
-    mixtures = express.wanted_labels(task, between)
+    mixtures = express.wanted_labels(task, 20, between)
     logits = [predict(teacher, express.synthesize(task, settings)) for settings in (between, single)]
     near, far = (float(losses.difficulty(shown, mixtures).mean()) for shown in logits)
     assert near < far

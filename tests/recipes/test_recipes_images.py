@@ -67,7 +67,7 @@ def test_calibrate_is_express_without_fine_tuning(teacher: nn.Module, share: flo
     for budget in ("quick", "published"):
         settings = calibrate.BUDGETS[budget]
         assert isinstance(settings.images, int)
-        made, express_settings = settings.synthesis(settings.images), express.BUDGETS[budget]
+        made, express_settings = settings.synthesis(), express.BUDGETS[budget]
         for name in ("images", "synthesis_steps", "synthesis_lr", "label_weight", "shift", "flip", "bf16"):
             assert getattr(made, name) == getattr(express_settings, name)
 

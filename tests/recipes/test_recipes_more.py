@@ -15,9 +15,9 @@ from dfqlib.errors import InputError
 from dfqlib.generators import AkdGenerator, UnconditionalGenerator
 from dfqlib.losses import SlackMargin
 from dfqlib.network.inference import Batches
-from dfqlib.recipes import akd, base, dafl, deepinversion, dfad, dfqf, dsg
+from dfqlib.recipes import akd, base, dafl, deepinversion, dfad, dsg
 from dfqlib.training import adversarial
-from dfqlib.training.adversarial import Answers, Player, Rules
+from dfqlib.training.adversarial import AdversarialTraining, StudentLogits, Trainee
 from dfqlib.training.task import Task
 
 
@@ -57,7 +57,7 @@ def test_recipes_that_need_no_batchnorm_are_those_an_error_names() -> None:
 
 
 def test_helpers_of_recipes_are_no_recipes() -> None:
-    assert not [name for name in recipes.names() if name.startswith("_") or name == "base"]
+    assert not [name for name in recipes.names() if name.startswith("_") or name in ("base", "given", "ideas")]
     assert set(SHORT) <= set(recipes.names())
 
 
@@ -107,30 +107,31 @@ def test_learned_steps_have_room_below_unless_the_budget_is_quick(teacher: nn.Mo
     assert threshold == pytest.approx(0.9 * float(teacher.state_dict()["layer1.0.conv1.weight"].abs().max()))
 
 
-# The duel
+# Adversarial training
 
 
-def test_students_descend_the_mean_over_generators_and_generators_move_once_a_round(task: Task) -> None:
+def test_students_descend_the_mean_over_generators_and_generators_are_updated_once_a_round(task: Task) -> None:
     generators = [adversarial.trained_by_adam(task, UnconditionalGenerator(SHAPE, 8), 1e-3) for _ in range(2)]
     network = Plain()
-    student = Player[nn.Module](network, torch.optim.SGD(network.parameters(), 0.0))
-    moves: list[str] = []
+    student = Trainee[nn.Module](network, torch.optim.SGD(network.parameters(), 0.0))
+    updates: list[str] = []
 
-    def generator_loss(target: Tensor, answers: Answers) -> Tensor:
-        moves.append("G")
-        return losses.dfad_loss(answers()[0], target)
+    def generator_loss(target: Tensor, student_logits: StudentLogits) -> Tensor:
+        updates.append("G")
+        return losses.dfad_loss(student_logits()[0], target)
 
-    def student_loss(answer: Tensor, target: Tensor) -> Tensor:
-        moves.append("S")
-        return answer.sum() * 0 + len(moves)
+    def student_loss(logits: Tensor, target: Tensor) -> Tensor:
+        updates.append("S")
+        return logits.sum() * 0 + len(updates)
 
-    adversarial.play(task, "duel", 1, generators, [student], Rules(4, generator_loss, student_loss, student_moves=3))
-    assert moves == ["G"] * 2 + ["S"] * 6  # two generators' images in each of three moves
+    training = AdversarialTraining(task, generators, [student], 4, generator_loss, student_loss, student_updates=3)
+    training.run("a round", 1)
+    assert updates == ["G"] * 2 + ["S"] * 6  # two generators' images in each of three updates
     assert task.session.history[-1]["loss"] == pytest.approx((3.5 + 5.5 + 7.5) / 3)
 
 
-def test_only_the_single_move_of_a_single_student_takes_the_generators_own_images(task: Task) -> None:
-    def seen(students: int, student_moves: int) -> int:
+def test_only_the_single_update_of_a_single_student_reuses_the_generators_images(task: Task) -> None:
+    def seen(students: int, student_updates: int) -> int:
         images: list[Tensor] = []
 
         class Watching(Plain):
@@ -138,25 +139,31 @@ def test_only_the_single_move_of_a_single_student_takes_the_generators_own_image
                 images.append(x.detach().clone())
                 return super().forward(x)
 
-        players = [Player[nn.Module](net, torch.optim.SGD(net.parameters(), 0.1)) for net in (Watching(), Watching())]
+        watching = [Watching() for _ in range(students)]
+        trainees = [Trainee[nn.Module](net, torch.optim.SGD(net.parameters(), 0.1)) for net in watching]
         generator = adversarial.trained_by_adam(task, UnconditionalGenerator(SHAPE, 8), 1e-3)
-        rules = Rules(4, lambda t, a: losses.dfad_loss(a()[0], t), losses.dfad_loss, student_moves)
-        adversarial.play(task, f"duel {students} {student_moves}", 1, [generator], players[:students], rules)
+        training = AdversarialTraining(
+            task, [generator], trainees, 4, lambda t, s: losses.dfad_loss(s()[0], t), losses.dfad_loss, student_updates
+        )
+        training.run(f"{students} {student_updates}", 1)
         return len({image.numpy().tobytes() for image in images})
 
     assert [seen(1, 1), seen(1, 2), seen(2, 1)] == [1, 3, 3]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "tenths"), [(dfqf, [4, 4, 2]), (dafl, [4, 4, 2]), (dfad, [2, 2, 6])], ids=["dfqf", "dafl", "dfad"]
+    ("recipe", "milestones", "tenths"),
+    [("dfqf", {}, [4, 4, 2]), ("dafl", {}, [4, 4, 2]), ("dfad", {"milestones": dfad.MILESTONES}, [2, 2, 6])],
 )
-def test_students_from_scratch_slow_down_at_the_papers_milestones(recipe: Any, tenths: list[int]) -> None:
+def test_learning_rates_of_students_from_scratch_fall_at_the_papers_milestones(
+    recipe: str, milestones: dict[str, Any], tenths: list[int]
+) -> None:
     """For DFQF's and DAFL's 2,000 epochs that is every 800, for DFAD's 500 after 100 and 200."""
     network = nn.Linear(1, 1)
-    student, rates = adversarial.from_scratch(network, 0.1, "step", 10, recipe.MILESTONES), []
+    student, rates = adversarial.from_scratch(network, 0.1, "step", 10, **milestones), []
     for _ in range(10):
         rates.append(student.optimizer.param_groups[0]["lr"])
-        student.descend(network(torch.ones(1, 1)).sum())
+        student.update(network(torch.ones(1, 1)).sum())
     expected = [rate for rate, count in zip((0.1, 0.01, 0.001), tenths, strict=True) for _ in range(count)]
     assert rates == pytest.approx(expected)
 
@@ -281,10 +288,10 @@ def test_dafl_terms_can_be_switched_off(teacher: nn.Module, weight: str) -> None
 
 def test_dfad_generator_ascends_what_the_student_descends(task: Task) -> None:
     settings = dfad.Settings(**{**SHORT["dfad"], "lr_g": 1e-2, "batch": 16, "iterations": 20})
-    generator = dfad.make_generator(task, settings)
+    generator = base.make_generator(task, settings.latent, settings.lr_g)
     frozen = Plain()
-    player = Player[nn.Module](frozen, torch.optim.SGD(frozen.parameters(), 0.0))
-    dfad.compete(task, "ascent", 1, generator, player, settings)
+    student = Trainee[nn.Module](frozen, torch.optim.SGD(frozen.parameters(), 0.0))
+    dfad.train(task, "ascent", 1, generator, student, settings)
     rows = task.session.history
     assert rows[-1]["generator"] < rows[0]["generator"] < 0
     assert rows[-1]["loss"] > rows[0]["loss"]
@@ -296,11 +303,11 @@ def test_dfad_generator_slows_down_with_the_student_it_distils_into(
     rates: list[float] = []
 
     def noted(task: Task, phase: str, epochs: int, generator: Any, student: Any, settings: dfad.Settings) -> None:
-        compete(task, phase, epochs, generator, student, settings)
-        rates.extend(player.optimizer.param_groups[0]["lr"] for player in (generator, student))
+        train(task, phase, epochs, generator, student, settings)
+        rates.extend(trainee.optimizer.param_groups[0]["lr"] for trainee in (generator, student))
 
-    compete = dfad.compete
-    monkeypatch.setattr(dfad, "compete", noted)
+    train = dfad.train
+    monkeypatch.setattr(dfad, "train", noted)
     for schedule in ("step", "cosine"):
         changes = {**SHORT["dfad"], "distill_epochs": 5, "lr_g": 1e-3, "lr_s": 0.1, "schedule": schedule}
         dfqlib.distill(teacher, Plain(), SHAPE, recipe="dfad", progress=False, **changes)
@@ -312,34 +319,34 @@ def test_dfad_generator_slows_down_with_the_student_it_distils_into(
 
 def test_akd_every_generator_meets_every_student(teacher: nn.Module, task: Task) -> None:
     images = [short(teacher, "akd", generators=g, students=s).images for g, s in ((1, 1), (1, 2), (2, 2))]
-    assert {len(made) for made in images} == {akd.IMAGES}
+    assert {len(made) for made in images} == {base.IMAGES}
     assert not torch.equal(images[0], images[1])
     settings = akd.Settings(**{**SHORT["akd"], "generators": 3})
     generators = akd.make_generators(task, settings)
-    first, second, third = (weights(player.network) for player in generators)
+    first, second, third = (weights(generator.network) for generator in generators)
     assert not same(first, second)
     assert not same(second, third)
-    assert akd.images_of(generators).shape == (akd.IMAGES, *SHAPE)
+    assert akd.images_of(generators).shape == (base.IMAGES, *SHAPE)
 
 
-def test_akd_quantized_students_part(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    players: list[Player[nn.Module]] = []
+def test_akd_quantized_students_diverge(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[Trainee[nn.Module]] = []
 
     def noted(task: Task, phase: str, generators: Any, students: Any, settings: akd.Settings) -> None:
-        players.extend(students)
-        compete(task, phase, generators, students, settings)
+        trained.extend(students)
+        train(task, phase, generators, students, settings)
 
-    compete = akd.compete
-    monkeypatch.setattr(akd, "compete", noted)
+    train = akd.train
+    monkeypatch.setattr(akd, "train", noted)
     settings = akd.Settings(**{**SHORT["akd"], "students": 2, "iterations": 4, "lr": 1e-5})
     outcome = akd.quantize(task, dfqlib.QuantSpec(), settings)
-    first, second = (player.network for player in players)
+    first, second = (student.network for student in trained)
     assert outcome.model is first
     assert not same(weights(first), weights(second))
-    assert all(player.optimizer.defaults["nesterov"] for player in players)
+    assert all(student.optimizer.defaults["nesterov"] for student in trained)
 
 
-def test_akd_warm_up_moves_the_generators_by_the_prior_alone(task: Task) -> None:
+def test_akd_warm_up_updates_the_generators_by_the_prior_alone(task: Task) -> None:
     settings = akd.Settings(**{**SHORT["akd"], "iterations": 20, "batch": 16})
     akd.warm_up(task, akd.make_generators(task, settings), settings)
     rows = task.session.history
@@ -353,8 +360,8 @@ def test_akd_generators_rate_falls_while_students_compete(task: Task, schedule: 
     generators = akd.make_generators(task, settings)
     akd.warm_up(task, generators, settings)
     assert generators[0].optimizer.param_groups[0]["lr"] == 1e-3
-    student = adversarial.from_scratch(Plain(), 0.05, "cosine", settings.student_moves, ())
-    akd.compete(task, "distillation", generators, [student], settings)
+    student = adversarial.from_scratch(Plain(), 0.05, "cosine", settings.student_updates)
+    akd.train(task, "distillation", generators, [student], settings)
     assert generators[0].optimizer.param_groups[0]["lr"] == pytest.approx(ends, abs=1e-9)
 
 

@@ -14,7 +14,8 @@ from dfqlib.batchnorm import BatchNormProbe
 from dfqlib.errors import InputError
 from dfqlib.models.resnet import ResNet, projection_shortcut
 from dfqlib.network.inference import Batches
-from dfqlib.recipes import dfqf, gdfq, zeroq
+from dfqlib.recipes import base, dfqf, gdfq, zeroq
+from dfqlib.training import adversarial
 from dfqlib.training.numerics import descend, make_optimizer
 from dfqlib.training.task import Task
 
@@ -150,7 +151,7 @@ def test_gdfq_generator_descends_the_terms_that_are_on(task: Task, kind: Any) ->
             generator=kind, batch=8, iterations=3, label_weight=label_weight, bn_weight=bn_weight, **off
         )  # type: ignore[arg-type]
         with BatchNormProbe(task.teacher) as probe:
-            batch = gdfq.Forge(task, settings).draw(probe)
+            batch = gdfq.GeneratorTraining(task, settings).draw(probe)
             expected = label_weight * losses.label_loss(batch.teacher, batch.labels)
             expected = expected + bn_weight * losses.bn_l2_loss(probe)
         torch.testing.assert_close(batch.losses["generator"].detach(), expected.detach())
@@ -177,12 +178,12 @@ def test_gdfq_generator_rests_in_two_step_training_and_beyond_the_threshold(task
         (gdfq.Settings(batch=8, stop_at=0.9), 0.95, True, False),
         (gdfq.Settings(batch=8, stop_at=0.9), 0.85, True, True),
     ):
-        forge = gdfq.Forge(task, settings)
-        forge.accuracy.best.fill_(accuracy)
-        before = forge.generator.trunk.linear.weight.clone()
+        training = gdfq.GeneratorTraining(task, settings)
+        training.accuracy.best.fill_(accuracy)
+        before = training.generator.trunk.linear.weight.clone()
         with BatchNormProbe(task.teacher) as probe:
-            forge.draw(probe, learn)
-        assert torch.equal(forge.generator.trunk.linear.weight, before) != moves
+            training.draw(probe, learn)
+        assert torch.equal(training.generator.trunk.linear.weight, before) != moves
 
 
 def test_gdfq_optimizers_are_the_papers(teacher: nn.Module, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,10 +196,10 @@ def test_gdfq_optimizers_are_the_papers(teacher: nn.Module, task: Task, monkeypa
     monkeypatch.setattr(gdfq, "make_optimizer", noted)
     short(teacher, "gdfq", budget="published", batch=4, epochs=1, warm_up_epochs=1, iterations=1)
     assert asked == [{"name": "sgd", "lr": 1e-4, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}]
-    forge = gdfq.Forge(task, gdfq.Settings())
-    assert (forge.adam.defaults["lr"], forge.adam.defaults["betas"]) == (1e-3, (0.5, 0.999))
-    assert isinstance(forge.decay, torch.optim.lr_scheduler.StepLR)
-    assert (forge.decay.step_size, forge.decay.gamma) == (100 * 200, 0.1)
+    training = gdfq.GeneratorTraining(task, gdfq.Settings())
+    assert (training.adam.defaults["lr"], training.adam.defaults["betas"]) == (1e-3, (0.5, 0.999))
+    assert isinstance(training.decay, torch.optim.lr_scheduler.StepLR)
+    assert (training.decay.step_size, training.decay.gamma) == (100 * 200, 0.1)
 
 
 def test_gdfq_two_step_trains_the_generator_to_its_end_first(teacher: nn.Module) -> None:
@@ -247,12 +248,12 @@ def test_dfqf_tool_student_has_forgotten_the_teacher(task: Task) -> None:
             self.scale = nn.Parameter(torch.arange(100.0))
 
     before = weights(task.teacher)
-    tool = dfqf.reinitialized(task.teacher)
+    tool = adversarial.reinitialized(task.teacher)
     assert same(weights(task.teacher), before)
     assert dfqlib.agreement(tool, task.teacher, torch.randn(200, *SHAPE)) < 40
     assert all(p.requires_grad for p in tool.parameters())
     assert float(statistics(tool).abs().max()) == 0
-    own, shuffled = Scaled(), dfqf.reinitialized(Scaled())
+    own, shuffled = Scaled(), adversarial.reinitialized(Scaled())
     assert not torch.equal(own.scale, shuffled.get_parameter("scale"))
     assert torch.equal(own.scale, shuffled.get_parameter("scale").sort().values)
 
@@ -260,12 +261,12 @@ def test_dfqf_tool_student_has_forgotten_the_teacher(task: Task) -> None:
 @pytest.mark.parametrize("mode", ["fixed", "adversarial"])
 def test_dfqf_generator_is_fixed_or_goes_on_as_the_adversary(task: Task, mode: Any) -> None:
     settings = dfqf.Settings(**{**SHORT["dfqf"], "generator": mode})
-    players = dfqf.Players(task, settings)
-    before = weights(players.generator)
+    generator = base.make_generator(task, settings.latent, settings.lr_g)
+    before = weights(generator.network)
     student = quantizer.quantize_layers(task.teacher, dfqlib.QuantSpec()).requires_grad_(True)
     quantizer.calibrate(student, torch.randn(16, *SHAPE))
-    players.fine_tune(student)
-    assert same(weights(players.generator), before) == (mode == "fixed")
+    dfqf.fine_tune(task, generator, student, settings)
+    assert same(weights(generator.network), before) == (mode == "fixed")
 
 
 def test_dfqf_without_the_adversary_differs(teacher: nn.Module) -> None:

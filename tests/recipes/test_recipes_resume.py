@@ -91,25 +91,25 @@ def assert_same(one: Report, other: Report) -> None:
 def test_quantization(
     teacher: nn.Module, recipe: str, phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(**checkpoint: Path) -> Report:
-        return dfqlib.quantize(teacher, SHAPE, recipe=recipe, progress=False, **QUANTIZE[recipe], **checkpoint)
+    def run(**resume: Path) -> Report:
+        return dfqlib.quantize(teacher, SHAPE, recipe=recipe, progress=False, **QUANTIZE[recipe], **resume)
 
     with monkeypatch.context() as patch:
         press_ctrl_c_halfway(patch, phase)
-        broken = run(checkpoint=tmp_path / "run.pt")
+        broken = run(resume=tmp_path / "run.pt")
     assert broken.interrupted
     assert broken.history[-1]["phase"] == phase
-    assert_same(run(checkpoint=tmp_path / "run.pt"), run())
+    assert_same(run(resume=tmp_path / "run.pt"), run())
 
 
 @pytest.mark.parametrize("recipe", DISTILL)
 def test_distillation(teacher: nn.Module, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = Plain()
 
-    def run(**checkpoint: Path) -> Report:
-        return dfqlib.distill(teacher, student, SHAPE, recipe=recipe, progress=False, **DISTILL[recipe], **checkpoint)
+    def run(**resume: Path) -> Report:
+        return dfqlib.distill(teacher, student, SHAPE, recipe=recipe, progress=False, **DISTILL[recipe], **resume)
 
     with monkeypatch.context() as patch:
         press_ctrl_c_halfway(patch, "distillation")
-        assert run(checkpoint=tmp_path / "run.pt").interrupted
-    assert_same(run(checkpoint=tmp_path / "run.pt"), run())
+        assert run(resume=tmp_path / "run.pt").interrupted
+    assert_same(run(resume=tmp_path / "run.pt"), run())

@@ -131,7 +131,7 @@ def test_a_phase_may_end_itself_at_a_look_and_is_not_taken_up_again(tmp_path: Pa
         return [row["phase"] for row in rows] == ["first", "first"]
 
     for _ in range(2):  # the second time from the checkpoint
-        session = Session(progress=False, checkpoint=tmp_path / "run.pt")
+        session = Session(progress=False, resume=tmp_path / "run.pt")
         session.loop("before", 5, step, {})
         session.loop("first", 45, step, {}, finished=finished)
         assert [(row["phase"], row["step"]) for row in session.history] == [("before", 5), ("first", 10), ("first", 20)]
@@ -308,7 +308,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
 def test_a_corrupted_checkpoint_is_refused_and_left_as_it_is(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="is not a checkpoint of a dfqlib run; name another file or remove it"):
+    with pytest.raises(InputError, match="is not the resume file of a dfqlib run; name another file or remove it"):
         Run(path)
     assert path.read_bytes() == content
 
@@ -317,11 +317,11 @@ def test_half_a_checkpoint_and_files_of_another_kind_are_refused(tmp_path: Path)
     path = tmp_path / "run.pt"
     Run(path)()
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(InputError, match="is not a checkpoint"):
+    with pytest.raises(InputError, match="is not the resume file"):
         Run(path)
     for content in ({"weight": torch.ones(2)}, [1, 2], nn.Linear(2, 2)):
         torch.save(content, path)
-        with pytest.raises(InputError, match="is not a checkpoint"):
+        with pytest.raises(InputError, match="is not the resume file"):
             Run(path)
 
 
