@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib import models, recipes
-from dfqlib.cli.subject import Subject, build_own, labelled_images, load_subject
+from dfqlib.cli.subject import build_own, labeled_images, load_subject
 from dfqlib.deploy import integer
 from dfqlib.deploy.onnx import check_exportable, export_onnx, integer_network
 from dfqlib.deploy.onnx.verify import verify_export
@@ -32,6 +32,8 @@ from dfqlib.training.files import check_writable
 
 INTEGER_SHARE = 0.2
 """Default ``integer_share`` of express when the output is ONNX."""
+PREPROCESSING = ("mean", "std", "classes")
+"""What a saved file keeps of the images."""
 COMPARED = ("top-1 %", "difference", "agreement %", "seconds")
 NAMED_LAYERS = 4
 """Most layers with 7-bit channels that are named one by one."""
@@ -64,31 +66,34 @@ def quantize(options: argparse.Namespace) -> int:
     _check_images(options)
     if options.threads is not None:
         torch.set_num_threads(_usable_threads(options.threads))
-    subject = load_subject(options)
-    subject.model.to(recipes.usable_device(options.device, subject.model))
+    model, info = load_subject(options)
+    model.to(recipes.usable_device(options.device, model))
     as_integers = options.output.suffix.lower() == ".onnx"
     if as_integers:
-        check_exportable(subject.model, spec, subject.image_shape)
+        check_exportable(model, spec, info.image_shape)
     reference = None
     if options.evaluate is not None:
-        loader = labelled_images(options.evaluate, subject)
-        reference = _Reference(loader, *predict_classes(subject.model, loader))
+        loader = labeled_images(options.evaluate, model, info)
+        reference = _Reference(loader, *predict_classes(model, loader))
     if options.images is not None:
-        given = labelled_images(options.images, subject, "--images", "train")
+        given = labeled_images(options.images, model, info, "--images", "train")
         settings["images"] = torch.cat([images for images, _ in given])
     if as_integers and options.recipe == "express":
         settings.setdefault("integer_share", INTEGER_SHARE)
     report = recipes.quantize(
-        subject.model, subject.image_shape, spec, recipe=options.recipe, budget=options.budget, seed=options.seed,
+        model, info.image_shape, spec, recipe=options.recipe, budget=options.budget, seed=options.seed,
         progress=not options.quiet, resume=options.resume, **settings,
     )  # fmt: skip
     facts = f"{report.coverage()}{_in_integers(report)}{_narrowed(report.model)}"
     if as_integers:
-        export_onnx(report, options.output, subject.image_shape, options.container)
-        report = replace(report, model=integer_network(report, subject.image_shape))  # the table is of the file
+        export_onnx(report, options.output, info.image_shape, options.container)
+        report = replace(report, model=integer_network(report, info.image_shape))  # the table is of the file
     else:
         save_quantized(
-            report, options.output, arch=subject.arch, mean=subject.mean, std=subject.std, classes=subject.classes
+            report,
+            options.output,
+            arch=None if ":" in info.name else info.name,
+            **{name: getattr(info, name) or None for name in PREPROCESSING},
         )
     if report.interrupted:
         again = f"; the same command resumes from {options.resume}" if options.resume else ""
@@ -98,7 +103,7 @@ def quantize(options: argparse.Namespace) -> int:
         f"{options.arch}: {options.bits}, first and last layer {spec.edge_bits} bits, weights per {spec.granularity}, "
         f"skip {spec.skip}; {options.recipe} ({options.budget}), seed {options.seed}\n"
     )
-    print(summary(report, subject.model, reference, options.evaluate))
+    print(summary(report, model, reference, options.evaluate))
     print(f"\n{facts}")
     reader = "an integer network for ONNX Runtime" if as_integers else "read it with dfqlib.load_quantized"
     print(f"\nwritten: {options.output} ({options.output.stat().st_size / 1e6:.2f} MB; {reader})")
@@ -138,8 +143,9 @@ def export(options: argparse.Namespace) -> int:
     size = f"{written.stat().st_size / 1e6:.2f} MB"
     print(f"written: {written} ({size}; an integer network for ONNX Runtime){_narrowed(network)}")
     if options.evaluate is not None:
-        described = [saved[name] and tuple(saved[name]) for name in ("mean", "std", "classes")]
-        loader = labelled_images(options.evaluate, Subject(network, saved["arch"], tuple(shape), *described))
+        described = {name: tuple(saved[name] or ()) for name in PREPROCESSING}
+        info = models.ModelInfo(saved["arch"] or "", type(network), (channels, height, width), **described)
+        loader = labeled_images(options.evaluate, network, info)
         images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
         print(f"\non {options.evaluate}:\n{verify_export(network, written, images, labels)}")
     return 0

@@ -1,58 +1,42 @@
 """The network of ``--arch`` with its weights, and the images of ``--evaluate`` and ``--images``."""
 
 import argparse
+import dataclasses
 import importlib
 import sys
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from dfqlib import models
-from dfqlib.data import NORMALIZATION, load_data
+from dfqlib.data import NORMALIZATION
 from dfqlib.errors import InputError
+from dfqlib.models import ModelInfo
 from dfqlib.models.checkpoints import load_checkpoint
 from dfqlib.network.inference import Batches, predict
 
 
-@dataclass(frozen=True)
-class Subject:
-    """The network to quantize and what is known of its images.
+def load_subject(options: argparse.Namespace) -> tuple[nn.Module, ModelInfo]:
+    """The network of ``--arch`` with the weights of CHECKPOINT, and what is known of its images.
 
-    Attributes:
-        model: with its weights, in eval mode.
-        arch: its name in ``models``, None for an architecture of the user's.
-        image_shape: (channels, height, width).
-        mean: of the images it was trained on, per channel; None if unknown.
-        std: likewise.
-        classes: names in the order of the logits; None if unknown.
-    """
-
-    model: nn.Module
-    arch: str | None
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    classes: tuple[str, ...] | None
-
-
-def load_subject(options: argparse.Namespace) -> Subject:
-    """The network of ``--arch`` with the weights of CHECKPOINT; options override what the library knows of it.
+    The options override what the library knows of a named architecture; of one of the user's, what they do not say is
+    empty.
 
     Raises:
         InputError: unknown architecture, required options missing for one of the user's, or no such weights.
     """
-    shape, mean, std, classes = options.image_shape, options.mean, options.std, options.classes
+    given = {name: getattr(options, name) for name in ("image_shape", "mean", "std", "classes")}
     if ":" not in options.arch:
-        known = models.info(options.arch)
         model = models.load_model(options.arch, checkpoint=options.checkpoint, sha256=options.sha256)
-        preprocessing = (mean or known.mean, std or known.std)
-        return Subject(model, known.name, shape or known.image_shape, *preprocessing, classes or known.classes)
-    for name, value in (("CHECKPOINT", options.checkpoint), ("--image-shape C,H,W", shape)):
+        changes = {name: value for name, value in given.items() if value}
+        return model, dataclasses.replace(models.info(options.arch), **changes)
+    for name, value in (("CHECKPOINT", options.checkpoint), ("--image-shape C,H,W", options.image_shape)):
         if value is None:
             raise InputError(f"--arch={options.arch} is your own, so {name} is needed too")
-    model = load_checkpoint(build_own(options.arch), options.checkpoint, sha256=options.sha256)
-    return Subject(model, None, shape, mean, std, classes)
+    build = partial(build_own, options.arch)
+    model = load_checkpoint(build(), options.checkpoint, sha256=options.sha256)
+    return model, ModelInfo(options.arch, build, **{name: value or () for name, value in given.items()})
 
 
 def build_own(arch: str) -> nn.Module:
@@ -81,12 +65,15 @@ def build_own(arch: str) -> nn.Module:
     return model
 
 
-def labelled_images(name: str, subject: Subject, option: str = "--evaluate", split: str = "test") -> Batches:
+def labeled_images(
+    name: str, model: nn.Module, info: ModelInfo, option: str = "--evaluate", split: str = "test"
+) -> Batches:
     """The images that an option names, checked against the network.
 
     Args:
         name: a folder of ``<class>/<image>``, or a data set of ``data.load_data``.
-        subject: the network, and its preprocessing.
+        model: the network.
+        info: its preprocessing.
         option: for messages.
         split: of a data set.
 
@@ -98,15 +85,11 @@ def labelled_images(name: str, subject: Subject, option: str = "--evaluate", spl
     is_folder = name not in NORMALIZATION
     if is_folder and not Path(name.removeprefix("folder:")).is_dir():
         raise InputError(f"{what} is neither a folder nor one of {', '.join(NORMALIZATION)}")
-    if is_folder and (subject.mean is None or subject.std is None):
+    if is_folder and not (info.mean and info.std):
         raise InputError(f"{what} needs --mean and --std, those the network was trained with")
     source = f"folder:{name.removeprefix('folder:')}" if is_folder else name
-    loader = load_data(source, split, mean=subject.mean, std=subject.std, classes=subject.classes)
-    images: Tensor = next(iter(loader))[0]
-    found, wanted = tuple(images.shape[1:]), tuple(subject.image_shape)
-    if found != wanted:
-        raise InputError(f"{what} has images of shape {found}, the network takes {wanted}; resize them")
-    outputs = predict(subject.model, images[:1]).shape[1]
+    loader = info.load_images(source, split, what=what)
+    outputs = predict(model, next(iter(loader))[0][:1]).shape[1]
     names = len(loader.dataset.classes)  # type: ignore[attr-defined]
     if outputs != names:
         raise InputError(

@@ -240,10 +240,6 @@ class GeneratorTraining:
         return Batch(images.detach(), labels, teacher.detach(), {"generator": loss, "accuracy": accuracy})
 
 
-Forge = GeneratorTraining
-"""Its name in notebook 04."""
-
-
 class RunningAccuracy(nn.Module):
     """Share of images in which the full-precision network recognizes the label: moving mean over about ten batches."""
 
