@@ -83,18 +83,6 @@ def test_settings_that_cannot_work_are_refused_by_name(settings: Any, changes: d
         settings(**changes)
 
 
-def test_published_schedules_are_the_papers() -> None:
-    ours = [m.BUDGETS["published"] for m in (dsg, deepinversion, dafl, dfad, akd)]  # type: ignore[attr-defined]
-    slack, inversion, chen, fang, choi = ours
-    assert (slack.epsilon, slack.gaussian_images, slack.iterations) == (0.9, 1024, 500)
-    assert (inversion.r, inversion.tau, inversion.synthesis_steps, inversion.synthesis_lr) == (10, 3, 2000, 0.05)
-    assert (chen.one_hot_weight, chen.balance_weight, chen.activation_weight) == (0.05, 5, 0.01)
-    assert (fang.student_steps, fang.distill_epochs, fang.lr_g, fang.lr_s) == (5, 500, 1e-3, 0.1)
-    assert (choi.alpha, choi.student_steps, choi.batch, choi.latent) == (0.01, 10, 256, 512)
-    assert (choi.warm_up_epochs, choi.epochs, choi.iterations) == (50, 200, 400)
-    assert (choi.lr_g, choi.lr_s) == (1e-3, 0.1)
-
-
 @pytest.mark.parametrize("recipe", ["dafl", "dfad", "akd"])
 def test_learned_steps_have_room_below_unless_the_budget_is_quick(teacher: nn.Module, recipe: str) -> None:
     """DFQF's lower bound of the thresholds: without it a small step can be carried to zero and below."""
@@ -164,22 +152,11 @@ def test_students_from_scratch_slow_down_at_the_papers_milestones(recipe: Any, t
 # DSG
 
 
-def test_dsg_slack_and_enhancement_can_be_switched_off(teacher: nn.Module, task: Task) -> None:
-    on = short(teacher, "dsg").images
-    assert not torch.equal(on, short(teacher, "dsg", slack=False).images)
-    assert not torch.equal(on, short(teacher, "dsg", enhancement=False).images)
+def test_dsg_margins_are_measured_or_zero(task: Task) -> None:
     measured = dsg.margins(task, dsg.Settings(gaussian_images=8))
     assert len(measured) == len(batchnorm.layers(task.teacher))
     assert all(margin.mean > 0 for margin in measured)
     assert set(dsg.margins(task, dsg.Settings(gaussian_images=8, slack=False))) == {SlackMargin(0.0, 0.0)}
-
-
-def test_dsg_within_its_slack_costs_nothing(task: Task) -> None:
-    """The released code's absolute value would make a gap of zero cost its margin."""
-    with BatchNormProbe(task.teacher) as probe, torch.no_grad():
-        task.teacher(torch.randn(8, *SHAPE))
-        wide = [SlackMargin(1e6, 1e6)] * len(probe)
-        assert float(losses.slack_bn_loss(probe, wide)) == 0
 
 
 def test_dsg_batches_of_enhancement_side_by_side_are_such_batches_one_by_one(task: Task) -> None:
@@ -272,11 +249,6 @@ def test_dafl_features_are_what_enters_the_last_layer(task: Task) -> None:
         network(images)
     torch.testing.assert_close(last.input, torch.relu(network.convolution(images)).flatten(1))
     assert not network.head._forward_pre_hooks
-
-
-@pytest.mark.parametrize("weight", ["one_hot_weight", "balance_weight", "activation_weight"])
-def test_dafl_terms_can_be_switched_off(teacher: nn.Module, weight: str) -> None:
-    assert not torch.equal(short(teacher, "dafl", **{weight: 0.0}).images, short(teacher, "dafl").images)
 
 
 def test_dfad_generator_ascends_what_the_student_descends(task: Task) -> None:
