@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import SHAPE, SHORT, same, short, weights
+from short_runs import IMAGES, SHAPE, SHORT, same, short, weights
 from torch import Tensor, nn
 
 import dfqlib
@@ -284,7 +284,7 @@ def test_dfad_generator_slows_down_with_the_student_it_distils_into(
 
 def test_akd_every_generator_meets_every_student(teacher: nn.Module, task: Task) -> None:
     images = [short(teacher, "akd", generators=g, students=s).images for g, s in ((1, 1), (1, 2), (2, 2))]
-    assert {len(made) for made in images} == {akd.IMAGES}
+    assert {len(made) for made in images} == {IMAGES}
     assert not torch.equal(images[0], images[1])
     settings = akd.Settings(**{**SHORT["akd"], "generators": 3})
     generators = akd.make_generators(task, settings)
@@ -330,12 +330,23 @@ def test_akd_generators_rate_falls_while_students_compete(task: Task, schedule: 
     assert generators[0].optimizer.param_groups[0]["lr"] == pytest.approx(ends, abs=1e-9)
 
 
+UNTRAINED = {
+    "epochs": 1, "iterations": 10, "batch": 16, "student_steps": 10, "latent": 16, "warm_up_epochs": 0,
+    "budget": "published",
+}  # fmt: skip
+
+
 def test_akd_rate_of_students_from_scratch_carries_a_quantized_students_step_below_zero(teacher: nn.Module) -> None:
     """Why ``lr`` is 0.001 where the paper's only rate is 0.1: see the recipe's docstring."""
-    settings = {"epochs": 1, "iterations": 10, "batch": 16, "student_steps": 10, "latent": 16, "budget": "published"}
     with pytest.raises(InputError, match=r"the step of .* became -.*lower the step learning rate"):
-        short(teacher, "akd", **settings, warm_up_epochs=0, lr=0.1)
-    short(teacher, "akd", **settings, warm_up_epochs=4)
+        short(teacher, "akd", **UNTRAINED, lr=0.1)
+
+
+@pytest.mark.slow
+def test_akd_published_rate_is_one_that_warmed_up_generators_allow(teacher: nn.Module) -> None:
+    settings = {**UNTRAINED, "warm_up_epochs": 4}
+    report = dfqlib.quantize(teacher, SHAPE, "w4a4", recipe="akd", progress=False, **settings)
+    assert report.history[-1]["phase"] == "fine-tuning"
 
 
 def test_akd_refuses_more_generators_than_memory_holds(teacher: nn.Module) -> None:
