@@ -109,6 +109,7 @@ def test_bounds_per_channel_are_those_of_each_channel_alone() -> None:
     quantizer.calibrate(x)
     torch.testing.assert_close(quantizer.low.detach(), x.amin((1, 2, 3)))
     torch.testing.assert_close(quantizer.high.detach(), x.amax((1, 2, 3)))
+    assert not any(bound.requires_grad for bound in quantizer.parameters())
 
 
 # What a network is to look like

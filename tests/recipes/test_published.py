@@ -23,10 +23,10 @@ PAPERS: dict[str, dict[str, Any]] = {
         "optimizer": "sgd", "schedule": "step", "decay_epochs": 100,
     },
     "zeroq": {"iterations": 500, "lr": 0.5, "patience": 100, "clip": "max"},
-    # Slack and enhancement on ZeroQ's synthesis: the 0.9 percentile of 1,024 Gaussian inputs.
+    # Slack and enhancement on ZeroQ's synthesis: the 0.9 percentile of 1,024 Gaussian inputs. AdaRound's 10,000 steps.
     "dsg": {
         "slack": True, "enhancement": True, "epsilon": 0.9, "gaussian_images": 1024, "iterations": 500,
-        "synthesis_lr": 0.5, "patience": 100,
+        "synthesis_lr": 0.5, "patience": 100, "rounding_steps": 10_000,
     },
     # CIFAR-10: 2,000 steps at 0.05, weights 10 of the statistics and 2.5e-5 of the variation, outputs at temperature 3.
     "deepinversion": {
@@ -54,11 +54,12 @@ DEVIATIONS: dict[str, dict[str, Any]] = {
 """What the papers say where the recipes do otherwise, and say why."""
 
 TUNING = {"lr", "step_lr", "temperature", "cutmix", "shift", "flip", "batch", "steps"}
+QUANTIZED = {"lr", "step_lr", "lower_bound", "optimizer", "epochs"}
 UNSAID: dict[str, set[str]] = {
     "dfqf": {"latent", "clip", "student_bn"},
     "gdfq": {"variant", "stop_at"},
     "zeroq": {"images"},
-    "dsg": {"images", "synthesis_batch", "then", "rounding_steps", "clip", *TUNING},
+    "dsg": {"images", "synthesis_batch", "then", "clip", *TUNING},
     "deepinversion": {
         "rounds", "images", "synthesis_batch", "competition_weight", "distill_steps", "distill_lr", *TUNING,
     },
@@ -74,10 +75,25 @@ UNSAID: dict[str, set[str]] = {
 
 @pytest.mark.parametrize("recipe", PAPERS)
 def test_published_schedules_are_the_papers(recipe: str) -> None:
-    published = importlib.import_module(f"dfqlib.recipes.{recipe}").BUDGETS["published"]
-    assert {name: getattr(published, name) for name in PAPERS[recipe]} == PAPERS[recipe]
+    budget = importlib.import_module(f"dfqlib.recipes.{recipe}").BUDGETS["published"]
+    assert {name: getattr(budget, name) for name in PAPERS[recipe]} == PAPERS[recipe]
     for name, paper in DEVIATIONS.get(recipe, {}).items():
-        assert getattr(published, name) != paper, f"{name} is the paper's after all"
+        assert getattr(budget, name) != paper, f"{name} is the paper's after all"
     said = [*PAPERS[recipe], *DEVIATIONS.get(recipe, {}), *UNSAID[recipe], "bf16"]
-    assert sorted(said) == sorted(field.name for field in fields(published))
-    assert published.bf16 is False
+    assert sorted(said) == sorted(field.name for field in fields(budget))
+    assert budget.bf16 is False
+
+
+def published(recipe: str, names: set[str]) -> dict[str, Any]:
+    budget = importlib.import_module(f"dfqlib.recipes.{recipe}").BUDGETS["published"]
+    return {name: getattr(budget, name) for name in names}
+
+
+@pytest.mark.parametrize("recipe", ["dsg", "deepinversion"])
+def test_where_a_paper_does_not_fine_tune_express_says_how(recipe: str) -> None:
+    assert published(recipe, TUNING - {"steps"}) == published("express", TUNING - {"steps"})
+
+
+@pytest.mark.parametrize("recipe", ["dafl", "dfad"])
+def test_where_a_paper_does_not_quantize_dfqf_says_how(recipe: str) -> None:
+    assert published(recipe, QUANTIZED) == published("dfqf", QUANTIZED)

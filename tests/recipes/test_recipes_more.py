@@ -221,6 +221,15 @@ def test_deepinversion_competes_from_the_second_round_on(teacher: nn.Module) -> 
     phases = [row["phase"] for row in double.history]
     assert phases == ["synthesis", "fine-tuning 1", "synthesis 2/2", "fine-tuning 2"]
     assert ["competition" in row for row in double.history] == [False, False, True, False]
+    assert not any("competition" in row for row in apart.history)
+
+
+def test_deepinversion_distills_in_the_same_rounds(teacher: nn.Module) -> None:
+    settings = {**SHORT["deepinversion"], "rounds": 2}
+    report = dfqlib.distill(teacher, Plain(), SHAPE, recipe="deepinversion", progress=False, **settings)
+    phases = [row["phase"] for row in report.history]
+    assert phases == ["synthesis", "distillation 1", "synthesis 2/2", "distillation 2"]
+    assert not torch.equal(report.images[:4], report.images[4:])
 
 
 def test_deepinversion_against_a_student_makes_images_on_which_it_differs(task: Task) -> None:

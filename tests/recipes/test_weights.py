@@ -95,3 +95,11 @@ def test_dsg_enhances_layers_or_matches_the_whole_batch(
     taken, left = (enhanced, plain) if enhancement else (plain, enhanced)
     assert history[0]["loss"] == pytest.approx(taken[0], rel=1e-6)
     assert left == []
+
+
+def test_dfad_takes_from_the_generator_what_the_student_pays(
+    teacher: nn.Module, calls_of: Callable[[str], list[float]]
+) -> None:
+    distances = calls_of("dfad_loss")
+    history = short(teacher, "dfad", **FIRST).history
+    assert history[0]["generator"] == pytest.approx(-distances[0], rel=1e-6)
