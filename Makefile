@@ -1,5 +1,6 @@
 # make tutorial   run every notebook, write build/tutorial/index.html
 # make test       lint, types, unit tests, notebooks against their committed outputs, here and as an older processor
+# make test-all   the unit tests, slow ones included
 # make test-lowest  the unit tests with the lowest versions that pyproject.toml allows, in .venv-lowest (some GB)
 # make test-newest  the unit tests with the newest versions there are, in .venv-newest (some GB)
 # make lab        open the notebooks in JupyterLab
@@ -28,7 +29,7 @@ PYTEST := python -m pytest -n 2 --dist loadfile
 OLDER := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
 AT_LEAST_3_11 := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help install tutorial test test-lowest test-newest lab site refresh bench browser binder binder-check clean
+.PHONY: help install tutorial test test-all test-lowest test-newest lab site refresh bench browser binder binder-check clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -77,6 +78,9 @@ test: $(MORE_STAMP)
 	$(BIN)/$(PYTEST) --nbval tests notebooks
 	@[ "$$(uname -m)" != x86_64 ] || echo "The lessons once more, as an x86 processor without AVX-512, bfloat16 and VNNI computes them"
 	[ "$$(uname -m)" != x86_64 ] || $(OLDER) $(BIN)/$(PYTEST) --nbval notebooks
+
+test-all: $(MORE_STAMP)
+	$(BIN)/$(PYTEST) tests
 
 # The site and the browser are left out: their tests skip. So are the notebooks, whose outputs are of the tested versions.
 test-lowest:

@@ -1,14 +1,18 @@
 """Runs of the papers' recipes that take a second, and how their networks are compared."""
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import dfqlib
+from dfqlib.recipes import base
 from dfqlib.recipes.base import Report
 
 SHAPE = (1, 16, 16)
+IMAGES = 32
+"""How many images of a generator set the ranges and are shown, in place of 256."""
 GENERATOR = {"warm_up_epochs": 1, "epochs": 1, "distill_epochs": 1, "iterations": 2, "batch": 4, "latent": 16}
 SHORT: dict[str, dict[str, Any]] = {
     "zeroq": {"images": 8, "iterations": 4},
@@ -25,7 +29,8 @@ SHORT: dict[str, dict[str, Any]] = {
 def short(teacher: nn.Module, recipe: str, bits: Any = "w4a4", **changes: Any) -> Report:
     """A recipe's run of a few steps."""
     settings = {**SHORT[recipe], **changes}
-    return dfqlib.quantize(teacher, SHAPE, bits, recipe=recipe, progress=False, **settings)
+    with mock.patch.object(base, "IMAGES", IMAGES):
+        return dfqlib.quantize(teacher, SHAPE, bits, recipe=recipe, progress=False, **settings)
 
 
 def weights(model: nn.Module | None) -> dict[str, Tensor]:

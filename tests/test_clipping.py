@@ -79,10 +79,13 @@ def test_aciq_takes_the_prior_that_fits() -> None:
 
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_kl_takes_float32_whose_bin_edges_are_not_symmetric(bits: int) -> None:
-    for scale in (1e-3, 0.1, 1 / 3, 7.7):
-        x = torch.randn(5_000) * scale
-        assert threshold(x, bits, "kl") == pytest.approx(threshold(-x, bits, "kl"), rel=0.25)
-        assert 0 < threshold(x, bits, "kl") <= float(x.abs().max())
+    """Scaled or turned around, values that lie alike on both sides of zero keep their threshold."""
+    half = torch.randn(2_500)
+    x = torch.cat([half, -half])
+    expected = threshold(x, bits, "kl")
+    assert 0 < expected <= float(x.abs().max())
+    for scale in (-1, 1e-3, 0.1, -1 / 3, 7.7):
+        assert threshold(scale * x, bits, "kl") == pytest.approx(abs(scale) * expected, rel=1e-6)
 
 
 def test_kl_keeps_everything_where_levels_outnumber_bins() -> None:

@@ -143,7 +143,7 @@ def export(options: argparse.Namespace) -> int:
     size = f"{written.stat().st_size / 1e6:.2f} MB"
     print(f"written: {written} ({size}; an integer network for ONNX Runtime){_narrowed(network)}")
     if options.evaluate is not None:
-        described = {name: tuple(saved[name] or ()) for name in PREPROCESSING}
+        described: dict[str, Any] = {name: tuple(saved[name] or ()) for name in PREPROCESSING}
         info = models.ModelInfo(saved["arch"] or "", type(network), (channels, height, width), **described)
         loader = labeled_images(options.evaluate, network, info)
         images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))

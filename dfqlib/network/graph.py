@@ -64,7 +64,7 @@ class _Tracer(fx.Tracer):
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name) or m.__module__.startswith("torch.nn."):
             return super().call_module(m, forward, args, kwargs)
-        last, opaque = next(iter(reversed(self.graph.nodes))), len(self.opaque)
+        last, opaque, depth = next(iter(reversed(self.graph.nodes))), len(self.opaque), len(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:  # whatever a forward may raise when its tensors have no values
@@ -74,6 +74,8 @@ class _Tracer(fx.Tracer):
                     break
                 self.graph.erase_node(node)
             self.opaque[opaque:] = [name]
+            while len(self.module_stack) > depth:  # where fx thinks it is: still inside
+                self.module_stack.popitem(last=True)
             return self.create_proxy("call_module", name, args, kwargs)
 
 

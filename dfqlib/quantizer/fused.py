@@ -42,6 +42,8 @@ class _Merged(nn.Module):
 def fused(network: nn.Module) -> fx.GraphModule:
     """The network in fewer passes, equal to rounding in values and gradients, with the same parameters.
 
+    Where a value before a ReLU is exactly 0, as in a channel whose BatchNorm has neither gain nor bias, the gradient
+    passes, which the ReLU would stop: such a dead channel can come back to life.
     Hooks on the merged layers are not called; use ``network`` where features or BatchNorm statistics are recorded.
 
     Args:

@@ -204,9 +204,9 @@ def make_generator(task: Task, latent: int, lr: float) -> Trainee[Generator]:
     return trained_by_adam(task, UnconditionalGenerator(task.image_shape, latent), lr)
 
 
-def generated_images(generator: Generator, count: int = IMAGES) -> Tensor:
-    """Images of a generator in eval mode, of balanced labels if it takes labels, (count, C, H, W)."""
-    return synthesis.from_generator(generator, count)[0]
+def generated_images(generator: Generator, count: int | None = None) -> Tensor:
+    """``count`` images (default: ``IMAGES``) of a generator in eval mode, of balanced labels if it takes labels."""
+    return synthesis.from_generator(generator, IMAGES if count is None else count)[0]
 
 
 RECIPES_WITHOUT_BATCHNORM = ("dafl", "dfad", "equalize")

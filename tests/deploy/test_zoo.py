@@ -113,7 +113,7 @@ def test_what_stays_in_floating_point_is_said() -> None:
     assert 50 < report.coverage().floating_share < 100
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 @pytest.mark.parametrize("name", zoo.full_width())
 def test_networks_of_torchvision_are_quantized_or_what_is_not_is_named(name: str) -> None:
     model, shape = zoo.make_full_width(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -82,5 +84,21 @@ def test_an_image_grid_shows_the_original_colours(axes):
     assert canvas[8, 8, 0] == 1  # the empty place
 
 
+WITHOUT_MATPLOTLIB = """
+import sys
+
+
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(f"{name} was imported")
+
+
+sys.meta_path.insert(0, Refuse())
+import dfqlib.lessons.plots
+"""
+
+
 def test_importing_needs_no_matplotlib():
-    assert not any(name.startswith("matplotlib") for name in vars(plots))
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MATPLOTLIB], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

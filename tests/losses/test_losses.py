@@ -310,6 +310,18 @@ def test_enhancement_counts_layer_n_twice_for_image_n() -> None:
     torch.testing.assert_close(found, (weights * each).sum() / 3, rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.lists(st.floats(0, 2), min_size=8, max_size=8))
+def test_a_wider_margin_never_costs_more(seed: int, sizes: list[float]) -> None:
+    model = nn.Sequential(_layer(0.5, 2.0), _layer(-0.5, 0.5)).eval()
+    narrow = [SlackMargin(*sizes[:2]), SlackMargin(*sizes[2:4])]
+    wide = [SlackMargin(a + c, b + d) for (a, b), (c, d) in zip(narrow, (sizes[4:6], sizes[6:]), strict=True)]
+    with BatchNormProbe(model) as probe:
+        model(torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(seed)))
+        for loss in (losses.slack_bn_loss, losses.layerwise_enhancement):
+            assert 0 <= loss(probe, wide) <= loss(probe, narrow)
+
+
 def test_enhancement_needs_one_image_per_layer(probe: BatchNormProbe) -> None:
     assert losses.layerwise_enhancement(probe, [SlackMargin(0, 0)] * 2) > 0
     probe._model(torch.randn(3, 1, 2, 2))

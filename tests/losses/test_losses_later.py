@@ -86,6 +86,9 @@ def test_attention_is_of_directions_in_channels() -> None:
     length = math.sqrt(9**2 + 16**2)
     expected = ((1 - 9 / length) ** 2 + (16 / length) ** 2) / 2
     torch.testing.assert_close(losses.attention_loss([student], [teacher]), torch.tensor(expected))
+    corner = torch.zeros(1, 2, 4, 4)
+    corner[0, 0, :2, :2] = 2.0  # a quarter of the pixels: the mean square is 1 too
+    torch.testing.assert_close(losses.attention_loss([corner], [teacher]), torch.tensor(expected))
     assert float(losses.attention_loss([5 * teacher, student], [teacher, -student])) == pytest.approx(0, abs=1e-12)
     torch.testing.assert_close(losses.attention_loss([student] * 3, [teacher] * 3), torch.tensor(3 * expected))
     vectors = [x[:, :, 0, 0] for x in (student, teacher)]  # of a fully connected layer

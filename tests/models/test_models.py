@@ -61,7 +61,7 @@ def refusal(path: Path, model: nn.Module | None = None, **options: str) -> str:
     ("name", "file", "right"),
     [
         ("cifar10_resnet20", "resnet20-12fca82f.th", 932),  # 91.64 %
-        ("cifar10_resnet56", "resnet56-4bfd9763.th", 943),  # 92.72 %
+        pytest.param("cifar10_resnet56", "resnet56-4bfd9763.th", 943, marks=pytest.mark.slow),  # 92.72 %
     ],
 )
 def test_public_cifar10_checkpoints_keep_their_accuracy(shared_data: Path, name: str, file: str, right: int) -> None:

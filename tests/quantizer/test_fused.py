@@ -30,7 +30,7 @@ class Net(nn.Module):
         return self.last(F.relu(self.bn1(self.hidden(x))))
 
 
-def teacher() -> nn.Module:
+def teacher() -> Net:
     network = Net().train()
     for _ in range(20):
         network(torch.randn(64, 3, 8, 8))
@@ -57,6 +57,37 @@ def test_values_and_gradients_are_the_same_to_rounding(name: str, spec: dict[str
     torch.testing.assert_close(ours, plain)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_dead_channels_are_the_same_too(granularity: Any) -> None:
+    """Channels without a gain, without weights, without variance, and below zero whatever the image."""
+    model = teacher()
+    model.bn.weight.data[0], model.bn.bias.data[0] = 0.0, 0.3
+    model.bn.bias.data[1] = model.bn1.bias.data[1] = -100.0
+    model.conv.weight.data[2] = 0.0
+    model.bn.running_var[3] = 0.0
+    images = torch.randn(16, 3, 8, 8).double()
+    student = quantize_layers(model, QuantSpec(4, 4, granularity=granularity)).double().requires_grad_(True)
+    quantizer.calibrate(student, images)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    (plain, expected), (ours, found) = (gradients(n, images, parameters) for n in (student, fused(student)))
+    torch.testing.assert_close(ours, plain)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_a_channel_that_is_zero_whatever_the_image_can_learn_again() -> None:
+    model = teacher()
+    model.bn.weight.data[0] = model.bn.bias.data[0] = 0.0
+    images = torch.randn(16, 3, 8, 8).double()
+    student = quantize_layers(model, QuantSpec()).double().requires_grad_(True)
+    quantizer.calibrate(student, images)
+    bias = student.get_parameter("bn.bias")
+    (plain, (dead,)), (ours, (alive,)) = (gradients(n, images, [bias]) for n in (student, fused(student)))
+    torch.testing.assert_close(ours, plain)
+    assert dead[0] == 0 != alive[0]
+    torch.testing.assert_close(alive[1:], dead[1:])
 
 
 def test_no_batchnorm_is_left_and_only_relus_that_something_else_reads() -> None:

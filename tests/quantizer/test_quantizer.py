@@ -283,6 +283,8 @@ def test_what_cannot_be_traced_is_quantized_at_its_layers() -> None:
         set_mode(network, "float")
         torch.testing.assert_close(network(x), model(x))
         assert not torch.equal(coarse, network(x))
+    widths = {name: q.bits for name, q in quantizers(quantized(plain, shape=(8, 1, 4, 4))) if "weight" in name}
+    assert widths == {"0.weight_quantizer": 8, "2.conv.weight_quantizer": 4, "4.weight_quantizer": 8}
 
 
 def test_what_stays_in_floating_point_is_listed() -> None:

@@ -36,11 +36,15 @@ def teacher() -> nn.Module:
     return dfqlib.load_model("digits_resnet8")
 
 
+SMALL = {"images": 64, "synthesis_steps": 60, "steps": 100, "batch": 32}
+"""A tenth of the default budget."""
+
+
 @pytest.fixture(scope="module")
 def two_bits() -> Report:
-    """Two-bit digits with the default budget, as a newcomer runs it."""
+    """Two-bit digits in a few seconds."""
     torch.set_num_threads(1)
-    return dfqlib.quantize(dfqlib.load_model("digits_resnet8"), image_shape=SHAPE, bits="w2a2", progress=False)
+    return dfqlib.quantize(dfqlib.load_model("digits_resnet8"), SHAPE, "w2a2", progress=False, **SMALL)
 
 
 # The network it makes
@@ -50,17 +54,30 @@ def test_two_bits_are_lost_by_calibration_and_won_back_without_data(two_bits: Re
     digits = dfqlib.load_data("digits")
     assert two_bits.calibrated is not None
     assert dfqlib.evaluate(two_bits.calibrated, digits) <= 30
-    assert dfqlib.evaluate(two_bits.model, digits) >= 95
+    assert dfqlib.evaluate(two_bits.model, digits) >= 75
+
+
+@pytest.mark.slow
+def test_two_bits_are_nearly_perfect_at_the_default_budget() -> None:
+    """As a newcomer runs it."""
+    report = dfqlib.quantize(dfqlib.load_model("digits_resnet8"), image_shape=SHAPE, bits="w2a2", progress=False)
+    digits, quick = dfqlib.load_data("digits"), express.BUDGETS["quick"]
+    assert report.calibrated is not None
+    assert dfqlib.evaluate(report.calibrated, digits) <= 30
+    assert dfqlib.evaluate(report.model, digits) >= 95
+    assert report.images.shape == (quick.images, *SHAPE)
+    assert 0 < report.seconds < 600
+    assert {name: report.settings[name] for name in vars(quick)} == vars(quick)
 
 
 def test_the_report_has_everything_to_run_it_again(two_bits: Report) -> None:
-    assert two_bits.images.shape == (256, *SHAPE)
+    assert two_bits.images.shape == (SMALL["images"], *SHAPE)
     assert torch.isfinite(two_bits.images).all()
-    assert 0 < two_bits.seconds < 600
+    assert two_bits.seconds > 0
     assert not two_bits.interrupted
     settings = two_bits.settings
     expected = {"recipe": "express", "budget": "quick", "seed": 0, "image_shape": [1, 16, 16]}
-    expected |= dataclasses.asdict(express.BUDGETS["quick"])
+    expected |= dataclasses.asdict(express.BUDGETS["quick"]) | SMALL
     assert {name: settings[name] for name in expected} == expected
     assert settings["spec"] == dfqlib.QuantSpec.parse("w2a2")
     assert settings["model"].startswith("ResNet8 ")
@@ -68,13 +85,12 @@ def test_the_report_has_everything_to_run_it_again(two_bits: Report) -> None:
 
 
 def test_the_history_follows_each_phase_and_its_losses_fall(two_bits: Report) -> None:
-    quick = express.BUDGETS["quick"]
-    for phase, steps in (("synthesis", quick.synthesis_steps), ("fine-tuning", quick.steps)):
+    for phase, steps in (("synthesis", SMALL["synthesis_steps"]), ("fine-tuning", SMALL["steps"])):
         rows = [row for row in two_bits.history if row["phase"] == phase]
         last = rows[-1]["step"]
         assert [row["step"] for row in rows] == list(range(10, last + 1, 10))
         assert last == steps if phase == "fine-tuning" else last > 0.75 * steps  # synthesis may end on its plateau
-        assert rows[-1]["loss"] < rows[0]["loss"] / 3
+        assert rows[-1]["loss"] < rows[0]["loss"] / 2
     assert all(math.isfinite(value) for row in two_bits.history for value in row.values() if isinstance(value, float))
 
 

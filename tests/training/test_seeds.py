@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -40,16 +39,14 @@ def seeds_of(teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_runs_of_different_seeds_share_no_stream(recipe: str, seeds_of: Callable[[str, int], list[int]]) -> None:
-    streams = [seeds_of(recipe, seed) for seed in range(3)]
-    assert all(streams)
-    for one, two in itertools.combinations(streams, 2):
-        assert len(one) == len(two)
-        assert not set(one) & set(two)
+    one, two = seeds_of(recipe, 0), seeds_of(recipe, 1)
+    assert len(one) == len(two) > 0
+    assert not set(one) & set(two)
 
 
 def test_no_two_purposes_and_seeds_share_a_stream() -> None:
-    purposes = [f"{kind} {index}" for kind in ("noise", "synthesis", "fine-tuning") for index in range(20)]
-    streams = [Session(seed).reseed(purpose) for seed in range(50) for purpose in purposes]
+    purposes = [f"{kind} {index}" for kind in ("noise", "synthesis", "fine-tuning") for index in range(10)]
+    streams = [Session(seed).reseed(purpose) for seed in range(20) for purpose in purposes]
     assert len(set(streams)) == len(streams)
     assert all(0 <= stream < 2**63 for stream in streams)
 
