@@ -80,7 +80,7 @@ test: $(MORE_STAMP)
 	[ "$$(uname -m)" != x86_64 ] || $(OLDER) $(BIN)/$(PYTEST) --nbval notebooks
 
 test-all: $(MORE_STAMP)
-	$(BIN)/$(PYTEST) tests
+	$(BIN)/$(PYTEST) -m "not hours" tests
 
 # The site and the browser are left out: their tests skip. So are the notebooks, whose outputs are of the tested versions.
 test-lowest:

@@ -6,6 +6,7 @@ import importlib
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -26,7 +27,7 @@ def load_subject(options: argparse.Namespace) -> tuple[nn.Module, ModelInfo]:
     Raises:
         InputError: unknown architecture, required options missing for one of the user's, or no such weights.
     """
-    given = {name: getattr(options, name) for name in ("image_shape", "mean", "std", "classes")}
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("image_shape", "mean", "std", "classes")}
     if ":" not in options.arch:
         model = models.load_model(options.arch, checkpoint=options.checkpoint, sha256=options.sha256)
         changes = {name: value for name, value in given.items() if value}
