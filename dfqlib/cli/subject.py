@@ -37,7 +37,8 @@ def load_subject(options: argparse.Namespace) -> tuple[nn.Module, ModelInfo]:
             raise InputError(f"--arch={options.arch} is your own, so {name} is needed too")
     build = partial(build_own, options.arch)
     model = load_checkpoint(build(), options.checkpoint, sha256=options.sha256)
-    return model, ModelInfo(options.arch, build, **{name: value or () for name, value in given.items()})
+    known: dict[str, Any] = {name: value or () for name, value in given.items()}
+    return model, ModelInfo(options.arch, build, **known)
 
 
 def build_own(arch: str) -> nn.Module:
