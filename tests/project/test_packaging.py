@@ -108,7 +108,7 @@ def test_continuous_integration_tries_pythons_that_we_support():
 
 
 def test_every_folder_of_the_package_is_installed():
-    folders = {path.parent for path in (ROOT / "dfqlib").rglob("*.py")} - {ROOT / "dfqlib" / "assets"}
+    folders = {path.parent for path in (ROOT / "dfqlib").rglob("*.py")}
     assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
 
 
