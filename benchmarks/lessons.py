@@ -4,8 +4,8 @@
     python benchmarks/lessons.py --only 07 10
 
 Needs the CIFAR-10 test folder and the ResNet-20 checkpoint under ``--data`` (default: $DFQLIB_DATA, then
-../shared/data). Writes results/lessons.json (parameters, numbers, seconds, peak memory) and, for each lesson, its charts
-in results/lessons/. Grids of pictures are left out, since the data set's are not ours to pass on.
+../shared/data). Writes results/lessons.json (parameters, numbers, seconds, peak memory) and each lesson's charts in
+results/lessons/. Grids of pictures are left out, since the data set's are not ours to pass on.
 """
 
 import base64

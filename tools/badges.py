@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 from _notebooks import ROOT
+
 from binder import FIRST, launch_address
 
 README = ROOT / "README.md"
