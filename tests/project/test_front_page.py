@@ -1,5 +1,7 @@
 """The front page shows each lesson as it is, launches what its owner hosts, and links to what exists."""
 
+import importlib
+import importlib.util
 import io
 import json
 import re
@@ -10,6 +12,8 @@ import badges
 import pytest
 import thumbnails
 from PIL import Image
+
+import dfqlib
 
 ROOT = Path(__file__).resolve().parents[2]
 LESSONS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -80,3 +84,14 @@ def test_links_within_the_repository_lead_somewhere(page: str) -> None:
     ]
     missing = [link for link in links if "//" not in link and not (path.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_of_the_library_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name in re.findall(r"`(dfqlib(?:\.[A-Za-z_]+)+)[`(]", text):
+        value: object = dfqlib
+        for part in name.split(".")[1:]:
+            value = getattr(value, part)
+    for module, imported in re.findall(r"`from (dfqlib[\w.]*) import (\w+)`", text):
+        assert importlib.util.find_spec(f"{module}.{imported}") or hasattr(importlib.import_module(module), imported)
