@@ -8,7 +8,7 @@
 # make bench      measure what results/ does not have yet (hours), draw the figures, write the tables
 # make browser    install a Chromium for the test in JupyterLab, where there is none
 # make binder     the address that opens the lessons of your fork on Binder
-# make badges     put badges into the README that launch your fork's lessons (REPO=OWNER/REPO, or the remote "origin")
+# make badges     put badges into the README that launch your fork's lessons (make badges OWNER/REPO; default: "origin")
 #
 # Each makes .venv first. Another interpreter: make test PYTHON=python3.12
 # Parameters of the notebooks: make tutorial ARGS="-p bits w2a2"
@@ -106,6 +106,12 @@ browser: $(MORE_STAMP)
 
 binder: $(STAMP)
 	@$(BIN)/python tools/binder.py url
+
+# In `make badges OWNER/REPO` the second word names the repository and no target.
+ifeq (badges,$(firstword $(MAKECMDGOALS)))
+REPO ?= $(word 2,$(MAKECMDGOALS))
+.DEFAULT: ; @:
+endif
 
 badges: $(STAMP)
 	$(BIN)/python tools/badges.py $(REPO)

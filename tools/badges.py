@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         block = CLEARED if options.clear else badges(remote)
     except ValueError as error:
-        print(f"{error}; or name it: make badges REPO=OWNER/REPO", file=sys.stderr)
+        print(f"{error}; or name it: make badges OWNER/REPO", file=sys.stderr)
         return 1
     README.write_text(with_badges(README.read_text(encoding="utf-8"), block), encoding="utf-8")
     return 0
