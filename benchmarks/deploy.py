@@ -11,6 +11,7 @@ after fine-tuning PyTorch keeps memory that a program which only runs the networ
 up to twice as fast. Writes results/export.json.
 """
 
+import dataclasses
 import sys
 import tempfile
 from functools import partial
@@ -20,6 +21,8 @@ from typing import Any
 from cases import load, missing
 from harness import ROOT, Job, Row, apart, arguments, run_apart
 
+from dfqlib import QuantSpec
+
 NETWORK = "cifar10_resnet20"
 SETTINGS: dict[bool, dict[str, Any]] = {False: {"steps": 0, "integer_share": 0.0}, True: {"integer_share": 0.2}}
 """Of networks that are calibrated only, and of fine-tuned ones: a fifth of their iterations is computed in integers."""
@@ -27,11 +30,11 @@ SETTINGS: dict[bool, dict[str, Any]] = {False: {"steps": 0, "integer_share": 0.0
 
 def jobs_of(seeds: list[int]) -> list[Job]:
     """Three bit widths under each seed."""
-    return [
-        ({"bits": bits, "fine_tuned": fine_tuned, "seed": seed}, SETTINGS[fine_tuned])
-        for bits, fine_tuned in (("w8a8", False), ("w3a3", False), ("w4a4", True))
-        for seed in seeds
-    ]
+    jobs: list[Job] = []
+    for bits, fine_tuned in (("w8a8", False), ("w3a3", False), ("w4a4", True)):
+        settings = SETTINGS[fine_tuned] | {"spec": dataclasses.asdict(QuantSpec.parse(bits))}
+        jobs += [({"bits": bits, "fine_tuned": fine_tuned, "seed": seed}, settings) for seed in seeds]
+    return jobs
 
 
 def measure(job: dict[str, Any], data: Path) -> Row:

@@ -92,10 +92,16 @@ def apart(function: Callable[..., Any], *values: Any) -> Any:
 
 
 def holds(row: Row, job: Job) -> bool:
-    """Whether a row is this job's; a setting that only one of them knows was added or removed since."""
+    """Whether a row is this job's and was measured under its settings."""
     identity, settings = job
-    known = json.loads(json.dumps(settings, default=dataclasses.asdict))
-    return row["job"] == identity and all(row["settings"].get(name, value) == value for name, value in known.items())
+    return row["job"] == identity and agree(row["settings"], json.loads(json.dumps(settings)))
+
+
+def agree(old: Any, new: Any) -> bool:
+    """Whether settings are the same; one that only one side knows was added or removed since."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return all(agree(old[name], new[name]) for name in old.keys() & new.keys())
+    return bool(old == new)
 
 
 def rows_of(path: Path) -> list[Row]:

@@ -97,7 +97,8 @@ def test_each_job_has_a_process_of_its_own_and_is_not_run_again(tmp_path: Path) 
 
 def test_a_setting_that_was_added_since_does_not_make_a_row_another() -> None:
     old = {"job": {"seed": 0}, "settings": {"steps": 400, "spec": {"layers": []}}}
-    assert harness.holds(old, ({"seed": 0}, {"steps": 400, "spec": {"layers": ()}, "compiled": False}))
+    assert harness.holds(old, ({"seed": 0}, {"steps": 400, "spec": {"layers": (), "new": 1}, "compiled": False}))
+    assert not harness.holds(old, ({"seed": 0}, {"steps": 400, "spec": {"layers": (1,)}}))
     assert not harness.holds(old, ({"seed": 0}, {"steps": 800}))
     assert not harness.holds(old, ({"seed": 1}, {"steps": 400}))
 
