@@ -5,10 +5,11 @@
 # make test-newest  the unit tests with the newest versions there are, in .venv-newest (some GB)
 # make lab        open the notebooks in JupyterLab
 # make site       the lessons as they were committed, and the reference, as build/site/index.html
-# make refresh    run the notebooks again in place and keep the new outputs
-# make bench      measure speed, accuracy and export again (hours), write results/ and the README's tables
+# make refresh    run the notebooks again in place, keep the new outputs and their thumbnails
+# make bench      measure what results/ does not have yet (hours), draw the figures, write the tables
 # make browser    install a Chromium for the test in JupyterLab, where there is none
 # make binder     the address that opens the lessons of your fork on Binder
+# make badges     put badges into the README that launch your fork's lessons (make badges OWNER/REPO; default: "origin")
 #
 # Each makes .venv first. Another interpreter: make test PYTHON=python3.12
 # Parameters of the notebooks: make tutorial ARGS="-p bits w2a2"
@@ -29,7 +30,7 @@ PYTEST := python -m pytest -n 2 --dist loadfile
 OLDER := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
 AT_LEAST_3_11 := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help install tutorial test test-all test-lowest test-newest lab site refresh bench browser binder binder-check clean
+.PHONY: help install tutorial test test-all test-lowest test-newest lab site refresh bench browser binder badges binder-check clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -99,6 +100,7 @@ site: $(MORE_STAMP)
 
 refresh: $(STAMP)
 	$(BIN)/python tools/refresh.py $(ARGS)
+	$(BIN)/python tools/thumbnails.py $(filter --check,$(ARGS))
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -108,6 +110,15 @@ browser: $(MORE_STAMP)
 
 binder: $(STAMP)
 	@$(BIN)/python tools/binder.py url
+
+# In `make badges OWNER/REPO` the second word names the repository and no target.
+ifeq (badges,$(firstword $(MAKECMDGOALS)))
+REPO ?= $(word 2,$(MAKECMDGOALS))
+.DEFAULT: ; @:
+endif
+
+badges: $(STAMP)
+	$(BIN)/python tools/badges.py $(REPO)
 
 # Minutes, and some GB for as long as it takes: what Binder would do, in a clean clone and a new environment.
 binder-check: $(STAMP)

@@ -1,4 +1,4 @@
-"""What leaves as integers: agreement, accuracy, size and latency of exported files, each run in a fresh process.
+"""What leaves as integers: agreement, accuracy, size and latency of exported files.
 
     python benchmarks/deploy.py          # ResNet-20 / CIFAR-10: W8A8 and W3A3 calibrated only, W4A4 fine-tuned, 3 seeds
 
@@ -7,35 +7,38 @@ model of the kernels of processors without VNNI, where pairs of products saturat
 agree.
 
 Latencies are medians of processor time on one thread, engines taking turns, in a process that has done nothing else:
-after fine-tuning PyTorch keeps memory that a program which only runs the network would ask for at each batch, and is
-up to twice as fast. Writes results/export.json, from which
-``python benchmarks/tables.py`` makes a table where the README has ``<!-- results: export -->``.
+after fine-tuning PyTorch keeps memory that a program which only runs the network would request at each batch, and is
+up to twice as fast. Writes results/export.json.
 """
 
-import argparse
-import json
-import os
-import platform
-import subprocess
+import dataclasses
 import sys
 import tempfile
-import time
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cases import load
-from harness import DATA, ROOT
+from cases import load, missing
+from harness import ROOT, Job, Row, apart, arguments, run_apart
 
-from dfqlib.training.machine import processor
+from dfqlib import QuantSpec
 
-RUNS = [(bits, seed, steps) for bits, steps in (("w8a8", 0), ("w3a3", 0), ("w4a4", None)) for seed in (0, 1, 2)]
-"""(bits, seed, fine-tuning steps; None for the budget's)."""
-INTEGER_SHARE = 0.2
+NETWORK = "cifar10_resnet20"
+SETTINGS: dict[bool, dict[str, Any]] = {False: {"steps": 0, "integer_share": 0.0}, True: {"integer_share": 0.2}}
+"""Of networks that are calibrated only, and of fine-tuned ones: a fifth of their iterations is computed in integers."""
 
 
-def measure(bits: str, seed: int, steps: int | None, data: Path) -> dict[str, Any]:
-    """Quantize, export both containers, and compare each with the integer simulation."""
+def jobs_of(seeds: list[int]) -> list[Job]:
+    """Three bit widths under each seed."""
+    jobs: list[Job] = []
+    for bits, fine_tuned in (("w8a8", False), ("w3a3", False), ("w4a4", True)):
+        settings = SETTINGS[fine_tuned] | {"spec": dataclasses.asdict(QuantSpec.parse(bits))}
+        jobs += [({"bits": bits, "fine_tuned": fine_tuned, "seed": seed}, settings) for seed in seeds]
+    return jobs
+
+
+def measure(job: dict[str, Any], data: Path) -> Row:
+    """Quantize, export each container, and compare it with the integer simulation."""
     import torch
 
     import dfqlib
@@ -44,27 +47,26 @@ def measure(bits: str, seed: int, steps: int | None, data: Path) -> dict[str, An
     import saturating
 
     torch.set_num_threads(1)
-    teacher, loader, shape = load("cifar10_resnet20", data)
+    teacher, loader, shape = load(NETWORK, data)
     images, labels = dfqlib.data.images_and_labels(loader)
     noise = torch.randn(2000, *shape, generator=torch.Generator().manual_seed(0))
-    settings = {} if steps is None else {"steps": steps}
-    report = dfqlib.quantize(
-        teacher, shape, bits, seed=seed, progress=False, integer_share=0.0 if steps == 0 else INTEGER_SHARE, **settings
-    )
-    row: dict[str, Any] = {"bits": bits, "seed": seed, "fine_tuned": steps != 0}
-    row["fp32_top1"] = dfqlib.evaluate(teacher, loader)
-    row["channels_in_7_bits"] = sum(dfqlib.integer.narrowed(report.model).values())
-    for container in ("int8", "int4") if bits != "w8a8" else ("int8",):
+    settings = SETTINGS[job["fine_tuned"]]
+    report = dfqlib.quantize(teacher, shape, job["bits"], seed=job["seed"], progress=False, **settings)
+    row: Row = {
+        "fp32_top1": dfqlib.evaluate(teacher, loader),
+        "channels_in_7_bits": sum(dfqlib.integer.narrowed(report.model).values()),
+    }
+    for container in ("int8", "int4") if job["bits"] != "w8a8" else ("int8",):
         with tempfile.TemporaryDirectory() as folder:
-            saved = dfqlib.save_quantized(report, Path(folder) / "q.pt", arch="cifar10_resnet20")
+            saved = dfqlib.save_quantized(report, Path(folder) / "q.pt", arch=NETWORK)
             path = dfqlib.export_onnx(report, Path(folder) / "model.onnx", shape, container=container)
             check = dfqlib.verify_export(report, path, images, labels)
             random = dfqlib.verify_export(report, path, noise)
             saturable = sum(saturating.saturable(path).values())
-            if "saturating_top1" not in row:  # the other container has the same codes
+            if "saturating_top1" not in row:  # the other container has the same integer values
                 chosen = torch.from_numpy(saturating.run(path, images)).argmax(1)
                 row["saturating_top1"] = 100 * float((chosen == labels).float().mean())
-            milliseconds = _in_fresh_process("--times", str(path), str(saved), data=data)
+            milliseconds = apart(times, path, saved, data)
         row[container] = {
             "agreement_test_images": check.agreement,
             "agreement_random_images": random.agreement,
@@ -92,54 +94,21 @@ def times(path: Path, saved: Path, data: Path) -> dict[str, dict[int, float]]:
     import dfqlib
 
     torch.set_num_threads(1)
-    _, loader, _ = load("cifar10_resnet20", data)
+    _, loader, _ = load(NETWORK, data)
     images, _ = next(iter(loader))
     return dfqlib.verify_export(dfqlib.load_quantized(saved), path, images[:64]).milliseconds
 
 
-def _in_fresh_process(*arguments: str, data: Path) -> Any:
-    """What this script prints when it is started with ``arguments``."""
-    command = [sys.executable, __file__, *arguments, "--data", str(data)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{arguments} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def main() -> None:
-    """Measure every run and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--times", nargs=2, type=Path, help=argparse.SUPPRESS)
+def main() -> int:
+    """Measure every run."""
+    parser = arguments(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
-    if args.times:
-        print(json.dumps(times(*args.times, data=args.data)))
-        return
-    if args.one:
-        print(json.dumps(measure(*json.loads(args.one), data=args.data)))
-        return
-    rows = []
-    for run in RUNS:
-        rows.append(_in_fresh_process("--one", json.dumps(run), data=args.data))
-        print(json.dumps(rows[-1]), flush=True)
-    content = {
-        "command": "python benchmarks/deploy.py",
-        "network": "ResNet-20, CIFAR-10",
-        "recipe": "express",
-        "budget": f"quick, integer_share={INTEGER_SHARE} for the fine-tuned runs",
-        "device": f"CPU, 1 thread of {processor()}",
-        "versions": {
-            "python": platform.python_version(), **{name: version(name) for name in ("torch", "onnx", "onnxruntime")}
-        },
-        "date": time.strftime("%Y-%m-%d"),
-        "runs": rows,
-    }  # fmt: skip
-    path = ROOT / "results" / "export.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    if lacking := missing(NETWORK, args.data):
+        print(f"left out, there is {lacking} (see --data)", file=sys.stderr)
+        return 0
+    return run_apart(partial(measure, data=args.data), jobs_of(args.seeds), args.output / "export.json", args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,33 +1,30 @@
-"""The lessons on a real network: each one rerun on CIFAR-10's ResNet-20, its numbers and its figures kept.
+"""The lessons on a real network: each one rerun on CIFAR-10's ResNet-20, its numbers and its charts kept.
 
-    python benchmarks/lessons.py                     # 02 to 11, two at a time
-    python benchmarks/lessons.py --only 07 10 --jobs 1
+    python benchmarks/lessons.py                     # 02 to 11
+    python benchmarks/lessons.py --only 07 10
 
 Needs the CIFAR-10 test folder and the ResNet-20 checkpoint under ``--data`` (default: $DFQLIB_DATA, then
-../shared/data). Writes results/lessons/<lesson>.json (parameters, numbers, seconds, peak memory, versions) and
-.png (its charts; grids of pictures are left out, since the data set's are not ours to pass on). A lesson that fails
-leaves what was there before. Exit code: 0, or 1 when one failed.
+../shared/data). Writes results/lessons.json (parameters, numbers, seconds, peak memory) and each lesson's charts in
+results/lessons/. Grids of pictures are left out, since the data set's are not ours to pass on.
 """
 
-import argparse
 import base64
 import io
 import json
 import os
+import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cases import CHECKPOINTS
-from harness import DATA, ROOT
+import nbformat
+from cases import CHECKPOINTS, missing
+from harness import ROOT, Job, Row, arguments, run_apart
 from PIL import Image
 
-from dfqlib.lessons.reruns import Job, Run, read_notebook, read_parameters, run_jobs, values_for
-from dfqlib.training.files import written_whole
-from dfqlib.training.machine import processor
-
+NETWORK = "cifar10_resnet20"
 FOR_CIFAR: dict[str, dict[str, str]] = {
     "05": {"rounds": "120", "batch": "32"},
     "06": {"runs": "1", "warm_up": "8", "steps": "10"},
@@ -36,55 +33,37 @@ FOR_CIFAR: dict[str, dict[str, str]] = {
 }
 """What lessons that make many runs recommend for a larger network, so that a few minutes are enough."""
 WIDTH = 640
-"""Of a figure in the picture, in pixels."""
+"""Of a chart in the picture, in pixels."""
 
 
-def jobs_of(only: list[str], data: Path, output: Path) -> list[Job]:
-    """One job per lesson that takes a data set, the first one has none."""
-    notebooks = ROOT / "notebooks"
+def measure(job: dict[str, Any], data: Path, output: Path) -> Row:
+    """Run a lesson through the command line, keep its charts, return its record."""
+    name = job["lesson"]
     # Relative to the notebooks, where they run: a record must not tell of anybody's folders.
-    given = {
-        "dataset": "folder:" + os.path.relpath(data / "cifar10" / "test", notebooks),
-        "checkpoint": os.path.relpath(data / "models" / CHECKPOINTS["cifar10_resnet20"], notebooks),
+    parameters = FOR_CIFAR.get(name[:2], {}) | {
+        "dataset": "folder:" + os.path.relpath(data / "cifar10" / "test", ROOT / "notebooks"),
+        "checkpoint": os.path.relpath(data / "models" / CHECKPOINTS[NETWORK], ROOT / "notebooks"),
     }
-    jobs = []
-    for source in sorted(notebooks.glob("[01][0-9]_*.ipynb")):
-        known = read_parameters(read_notebook(source))
-        if "dataset" in known and (not only or source.name[:2] in only):
-            values = values_for(known, given | FOR_CIFAR.get(source.name[:2], {}), source)
-            jobs.append(Job(source.stem, source, output / source.stem, values))
-    return jobs
+    with tempfile.TemporaryDirectory() as folder:
+        words = [word for pair in parameters.items() for word in ("-p", *pair)]
+        started = [sys.executable, "-m", "dfqlib", "rerun", f"notebooks/{name}.ipynb", "--quiet", "--output", folder]
+        subprocess.run([*started, *words], cwd=ROOT, check=True)
+        record: Row = json.loads(Path(folder, f"{name}.json").read_text(encoding="utf-8"))
+        charts = charts_of(nbformat.read(Path(folder, f"{name}.ipynb"), as_version=4))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{name}.png").write_bytes(stacked(charts))
+    return {key: record[key] for key in ("parameters", "seconds", "peak_gb", "results")}
 
 
-def keep(run: Run, folder: Path) -> None:
-    """Write the record and the figures of a lesson that ran."""
-    record: dict[str, Any] = {
-        "command": f"python benchmarks/lessons.py --only {run.job.name[:2]}",
-        "device": f"CPU, 1 thread of {processor()}",
-        "date": time.strftime("%Y-%m-%d"),
-        **run.record,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder / f"{run.job.name}.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    executed = read_notebook(run.job.target.with_name(f"{run.job.name}.ipynb"))
-    with written_whole(folder / f"{run.job.name}.png") as temporary:
-        temporary.write_bytes(stacked(figures(executed)))
-
-
-def figures(notebook: Any) -> list[Image.Image]:
+def charts_of(notebook: Any) -> list[Image.Image]:
     """Every chart among a notebook's outputs."""
-    found = []
-    for cell in notebook.cells:
-        for output in [] if "image_grid(" in cell.source else cell.get("outputs", []):
-            content = output.get("data", {}).get("image/png")
-            if content:
-                found.append(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"))
-    return found
+    outputs = [out for cell in notebook.cells if "image_grid(" not in cell.source for out in cell.get("outputs", [])]
+    contents = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    return [Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB") for content in contents]
 
 
 def stacked(pictures: list[Image.Image]) -> bytes:
-    """The pictures in two columns, each WIDTH wide, as a PNG of 64 colours."""
+    """The pictures in two columns, each WIDTH wide, as a PNG of 64 colors."""
     scaled = [p.resize((WIDTH, round(p.height * WIDTH / p.width)), Image.Resampling.LANCZOS) for p in pictures]
     half = -(-len(scaled) // 2)
     columns = [scaled[:half], scaled[half:]]
@@ -100,23 +79,18 @@ def stacked(pictures: list[Image.Image]) -> bytes:
 
 
 def main() -> int:
-    """Run what the command line names; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
+    """Run what the command line names."""
+    parser = arguments(__doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers of lessons")
-    parser.add_argument("--jobs", type=int, default=2, help="lessons at a time")
     args = parser.parse_args()
-    failed = False
-    with tempfile.TemporaryDirectory() as folder:
-        for run in run_jobs(jobs_of(args.only, args.data, Path(folder)), args.jobs):
-            seconds, peak = run.record["seconds"], run.record["peak_gb"]
-            print(f"{'FAILED' if run.error else 'ok':6} {run.job.name:32} {seconds:6.1f} s  {peak} GB", flush=True)
-            if run.error:
-                print(run.error, file=sys.stderr, flush=True)
-                failed = True
-            else:
-                keep(run, ROOT / "results" / "lessons")
-    return int(failed)
+    if lacking := missing(NETWORK, args.data):
+        print(f"left out, there is {lacking} (see --data)", file=sys.stderr)
+        return 0
+    names = [path.stem for path in sorted((ROOT / "notebooks").glob("[01][0-9]_*.ipynb"))][1:]  # the first has no data
+    wanted = [name for name in names if not args.only or name[:2] in args.only]
+    jobs: list[Job] = [({"lesson": name}, FOR_CIFAR.get(name[:2], {})) for name in wanted]
+    measuring = partial(measure, data=args.data.resolve(), output=args.output / "lessons")
+    return run_apart(measuring, jobs, args.output / "lessons.json", args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The steps whose cost is measured: of ordinary training, of fine-tuning, of synthesis, of a generator."""
+"""The iterations whose cost is measured: of ordinary training, fine-tuning, synthesis and a generator."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Step = Callable[[], None]
 
 
 def pictures(device: torch.device, batch: int = BATCH) -> Tensor:
-    """A batch of noise, laid out like the network's weights."""
+    """A batch of noise, channels last as the network's weights."""
     return torch.randn(batch, *SHAPE, device=device).contiguous(memory_format=torch.channels_last)
 
 
@@ -38,7 +38,7 @@ def network(device: torch.device, depth: int = 20) -> nn.Module:
 
 
 def float_training(*, device: torch.device = CPU, bf16: bool = False, compiled: bool = False) -> Step:
-    """The ordinary step on labels: forward, backward, SGD, BatchNorm in training mode."""
+    """Ordinary training on labels: forward, backward, SGD, BatchNorm in training mode."""
     model, images, labels = network(device).train(), pictures(device), classes(device)
     sgd = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     trained: Any = model
@@ -58,7 +58,7 @@ def fine_tuning(
     *, device: torch.device = CPU, bf16: bool = False, compiled: bool = False, naive: bool = False,
     teacher: bool = False, depth: int = 20, batch: int = BATCH,
 ) -> Step:  # fmt: skip
-    """The W4A4 step of ``express``: distillation loss, Adam on weights and steps, BatchNorm frozen."""
+    """Fine-tuning as in ``express``: W4A4, distillation loss, Adam on weights and step sizes, BatchNorm frozen."""
     source, images = network(device, depth).eval(), pictures(device, batch)
     student = channels_last(quantizer.quantize_layers(source, quantizer.QuantSpec())).requires_grad_(True)
     quantizer.calibrate(student, images, "max")
@@ -68,20 +68,20 @@ def fine_tuning(
             each.forward = functools.partial(straight_through, each)  # type: ignore[method-assign]
     groups = quantizer.parameter_groups(student, 1e-5, 1e-6)
     optimizer = torch.optim.Adam(groups) if naive else adam(groups, 1e-5)
-    trained, labelling = (student, source) if naive else (quantizer.fused(student), quantizer.fused(source))
+    trained, labeling = (student, source) if naive else (quantizer.fused(student), quantizer.fused(source))
     if compiled:
         with mixed_precision(device, bf16):
             trained = quantizer.compiled(trained, images)
     with torch.no_grad():
-        answers = source(images)
+        logits_of_teacher = source(images)
 
     def step() -> None:
         with mixed_precision(device, bf16):
             if teacher:
                 with torch.no_grad():
-                    target = labelling(images)
+                    target = labeling(images)
             else:
-                target = answers
+                target = logits_of_teacher
             logits = trained(images)
         descend(optimizer, losses.distillation_loss(logits.float(), target.float(), 4.0))
 
@@ -97,7 +97,7 @@ def straight_through(each: Any, x: Tensor) -> Tensor:
 def synthesis_step(
     *, device: torch.device = CPU, bf16: bool = False, contiguous: bool = False, depth: int = 20, batch: int = BATCH
 ) -> Step:
-    """The step of ``synthesis.from_noise`` under the BatchNorm loss."""
+    """Synthesis as in ``synthesis.from_noise``, under the BatchNorm loss."""
     teacher = network(device, depth).eval().requires_grad_(False)
     images, labels = pictures(device, batch), classes(device, batch)
     if contiguous:
@@ -115,7 +115,7 @@ def synthesis_step(
 
 
 def generator_step(*, device: torch.device = CPU, bf16: bool = False) -> Step:
-    """The generator's half of a GDFQ step: draw, look through the teacher, descend."""
+    """The generator's update in GDFQ: draw images, compute the teacher's loss on them, descend."""
     teacher = network(device).eval().requires_grad_(False)
     generator = generators.ConditionalGenerator(SHAPE, 10).to(device).train()
     channels_last(generator)
@@ -132,5 +132,5 @@ def generator_step(*, device: torch.device = CPU, bf16: bool = False) -> Step:
 
 
 def waiting(device: torch.device) -> Callable[[], None]:
-    """What to call before a clock is read: CUDA works on when Python goes on."""
+    """What to call before a clock is read: CUDA computes asynchronously."""
     return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None

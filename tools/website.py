@@ -19,6 +19,7 @@ from pathlib import Path
 import nbformat
 from _notebooks import NOTEBOOKS, ROOT, find_notebooks
 from nbformat import NotebookNode
+from thumbnails import index_table
 
 WIDGET = re.compile(r"^[A-Z]\w+\((children|value|description|options)=")  # how ipywidgets print themselves
 WIDGET_REMARK = (
@@ -35,8 +36,8 @@ def lay_out(folder: Path) -> None:
     notebooks = {name: nbformat.read(path, as_version=4) for name, path in find_notebooks([NOTEBOOKS]).items()}
     for name, notebook in notebooks.items():
         wanted[folder / "lessons" / f"{name}.ipynb"] = nbformat.writes(still(notebook)).encode()
-    lessons = {name: notebook for name, notebook in notebooks.items() if "/" not in name}
-    wanted[folder / "lessons" / "table.md"] = table(lessons).encode()
+    table = index_table(notebooks="lessons/", pictures="_static/thumbnails/")
+    wanted[folder / "lessons" / "table.md"] = f"{table}\n".encode()
     for path in folder.rglob("*"):
         if path.is_file() and path not in wanted and "generated" not in path.parts:
             path.unlink()
@@ -59,17 +60,6 @@ def still(notebook: NotebookNode) -> NotebookNode:
             elif data.keys() == {"text/plain"} and WIDGET.match(data["text/plain"]):
                 output.data = {"text/html": WIDGET_REMARK}
     return notebook
-
-
-def table(lessons: dict[str, NotebookNode]) -> str:
-    """The table of contents: each lesson with the question it answers."""
-    rows = ["| lesson | question |", "|---|---|"]
-    for name, notebook in lessons.items():
-        title = re.search(r"^# (.+)$", notebook.cells[0].source, re.M)
-        question = re.search(r"^\*\*The question:\*\* (.)(.+)$", notebook.cells[0].source, re.M)
-        asked = question[1].upper() + question[2] if question else ""
-        rows.append(f"| [{title[1] if title else name}](lessons/{name}.ipynb) | {asked} |")
-    return "\n".join(rows) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

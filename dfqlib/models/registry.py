@@ -102,7 +102,7 @@ _MODELS = (
         url=None,
         sha256="4d9b782b2476a7a856639c991906c306dcfa0e8cd39f30a55c9a38a81d3be7fd",
         published_top1=None,
-        source="dfqlib/assets/train_digits.py, trained on scikit-learn's digits",
+        source="tools/train_digits.py, trained on scikit-learn's digits",
     ),
     _cifar10(20, "12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8", 91.73),
     _cifar10(32, "d509ac18", 92.63),

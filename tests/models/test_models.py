@@ -1,17 +1,16 @@
 """Known networks give their published accuracy, and no file can make loading do anything but load."""
 
 import hashlib
-import importlib.util
 import io
 import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from urllib.error import URLError
 
 import pytest
 import torch
+import train_digits
 from cifar100_resnet20 import MEAN, STD, Cifar100ResNet20
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
@@ -130,23 +129,13 @@ def test_registry_names_its_networks() -> None:
 # The bundled teacher can be made again
 
 
-@pytest.fixture(scope="module")
-def train_digits() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_digits", ASSETS / "train_digits.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_training_the_teacher_is_reproducible_to_the_byte(train_digits: ModuleType) -> None:
+def test_training_the_teacher_is_reproducible_to_the_byte() -> None:
     once, again, other = (train_digits.as_bytes(train_digits.train(seed, epochs=1)) for seed in (0, 0, 1))
     assert once == again
     assert once != other
 
 
-def test_bundled_file_is_the_registered_one_and_written_by_the_script(train_digits: ModuleType) -> None:
+def test_bundled_file_is_the_registered_one_and_written_by_the_script() -> None:
     content = (ASSETS / "digits_resnet8.safetensors").read_bytes()
     assert hashlib.sha256(content).hexdigest() == models.info("digits_resnet8").sha256
     assert train_digits.as_bytes(models.load_model("digits_resnet8")) == content

@@ -108,11 +108,13 @@ def test_continuous_integration_tries_pythons_that_we_support():
 
 
 def test_every_folder_of_the_package_is_installed():
-    folders = {path.parent for path in (ROOT / "dfqlib").rglob("*.py")} - {ROOT / "dfqlib" / "assets"}
+    folders = {path.parent for path in (ROOT / "dfqlib").rglob("*.py")}
     assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
 
 
 # Commands
+
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/usage.md", "notebooks/README.md", "results/README.md")
 
 
 @pytest.mark.parametrize("script", ["binder/postBuild", "binder/start", ".ci/run"])
@@ -130,13 +132,13 @@ def test_continuous_integration_runs_the_readmes_test_command():
 def test_every_make_command_of_the_documents_exists():
     targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.M))
     assert {"tutorial", "test", "lab"} <= set(re.findall(r"\bmake ([a-z-]+)", read("README.md")))
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in DOCUMENTS:
         commands = re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", read(document), re.M)
         assert {first or second for first, second in commands} <= targets, document
 
 
 def test_every_install_command_of_the_documents_names_extras_that_exist():
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in DOCUMENTS:
         for extras in re.findall(r"\.\[([a-z,]+)\]", read(document)):
             assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys(), document
 

@@ -1,19 +1,19 @@
 """Train the bundled digits teacher: ResNet-8 on scikit-learn's digits, one thread, well under a minute.
 
-    python dfqlib/assets/train_digits.py            writes digits_resnet8.safetensors beside this file
-    python dfqlib/assets/train_digits.py --check    trains again and compares with that file
+    python tools/train_digits.py            writes dfqlib/assets/digits_resnet8.safetensors
+    python tools/train_digits.py --check    trains again and compares with that file
 
 With the same seed, the same version of torch and the same kind of CPU the file comes out the same to the
-byte. On another kind of CPU sums are rounded differently: the weights differ slightly, the accuracy hardly.
+byte. Another kind of CPU rounds sums differently: the weights then differ slightly, the accuracy hardly.
 """
 
 import argparse
 import hashlib
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _notebooks import ROOT
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import trange
@@ -21,7 +21,7 @@ from tqdm import trange
 from dfqlib.data import images_and_labels, load_data
 from dfqlib.models import ResNet8
 
-FILE = Path(__file__).with_name("digits_resnet8.safetensors")
+FILE = ROOT / "dfqlib" / "assets" / "digits_resnet8.safetensors"
 EPOCHS = 40
 BATCH = 64
 PEAK_LEARNING_RATE = 0.1
