@@ -6,6 +6,7 @@ weights are made plain on the copy; hooks and what torch.fx cannot represent are
 
 import copy
 import keyword
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -148,12 +149,13 @@ def _refuse_names(name: str, module: nn.Module) -> None:
 def _refuse_tensors(name: str, module: nn.Module) -> None:
     """Statistics that no training leaves, and weights that images have no use for."""
     variance = module._buffers.get("running_var")
-    if isinstance(module, _BatchNorm) and variance is not None:
-        for channel in ((variance + module.eps <= 0) | (variance > LARGEST_VARIANCE)).nonzero().flatten().tolist():
-            value = float(variance[channel])
-            raise InputError(
-                f'model: "{name}" has the running variance {value:.3g} in channel {channel}; load a sound checkpoint'
-            )
+    if isinstance(module, _BatchNorm) and variance is not None and not variance.is_meta:
+        for channel, value in enumerate(variance.tolist()):
+            if math.isfinite(value) and not 0 < value + module.eps <= LARGEST_VARIANCE:
+                raise InputError(
+                    f'model: "{name}" has the running variance {value:.3g} in channel {channel}; load a sound '
+                    "checkpoint"
+                )
     for each, parameter in module.named_parameters(recurse=False):
         if parameter.ndim > 4:
             raise InputError(f'model: "{name}.{each}" has {parameter.ndim} dimensions; images need at most 4 (Conv2d)')
