@@ -192,7 +192,7 @@ class IntegerLayer(nn.Module):
         if not self.is_convolution:
             if x.ndim != 2:
                 raise InputError(
-                    f"{self.name} multiplies more than two dimensions, which has no integer form; flatten first"
+                    f'layer "{self.name}" multiplies more than two dimensions, which has no integer form; flatten first'
                 )
             return F.linear(x, weight, bias)
         if isinstance(self.layer, nn.Conv2d):

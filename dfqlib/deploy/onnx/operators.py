@@ -96,7 +96,9 @@ def _dequantize(writer: Writer, node: fx.Node, _: Dequantize) -> None:
 def _layer(writer: Writer, node: fx.Node, layer: IntegerLayer) -> None:
     source = _source(node)
     if not layer.is_convolution and len(writer.shapes[source.name]) != 1:
-        raise InputError(f"{layer.name} multiplies more than two dimensions, which has no form here; flatten first")
+        raise InputError(
+            f'layer "{layer.name}" multiplies more than two dimensions, which has no integer form; flatten first'
+        )
     if layer.is_convolution and layer.target is None and source in writer.quantizers:
         _last_convolution(writer, node, layer)
         return
