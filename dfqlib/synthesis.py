@@ -5,7 +5,7 @@ Taught in notebook 03.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,47 @@ PLATEAU = 2 * LOG_EVERY
 """Iterations over which a loss is averaged to decide whether it still falls."""
 
 
-class _Canvas(nn.Module):
-    """The optimized pixels, in a module so that a resume file can hold them."""
+Parametrization = Literal["pixels", "fourier"]
 
-    def __init__(self, pixels: Tensor) -> None:
+
+class Pixels(nn.Module):
+    """Images that are optimized pixel by pixel, from noise of shape (N, channels, height, width)."""
+
+    def __init__(self, noise: Tensor) -> None:
         super().__init__()
-        self.pixels = nn.Parameter(pixels)
+        self.values = nn.Parameter(noise.contiguous(memory_format=torch.channels_last))
+
+    def forward(self) -> Tensor:
+        """The images."""
+        return self.values
+
+
+class Fourier(nn.Module):
+    """Images that are optimized by their Fourier coefficients (Olah et al., *Feature visualization*, Distill 2017).
+
+    Computes ``x = irfft2(p s)`` for each channel, where ``s`` is 1 / frequency, scaled to root mean square 1; the
+    frequency is at least one period per image. One update of Adam then changes coarse shapes more than fine ones, in
+    the proportion of natural images, where an update of pixels changes all scales alike.
+
+    Args:
+        noise: the images that ``p`` are the coefficients of, shape (N, channels, height, width).
+    """
+
+    scale: Tensor
+
+    def __init__(self, noise: Tensor) -> None:
+        super().__init__()
+        height, width = self.size = (noise.shape[2], noise.shape[3])
+        rows, columns = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
+        frequency = (rows[:, None].square() + columns.square()).sqrt().clamp_min(1 / max(height, width))
+        scale = 1 / frequency
+        self.register_buffer("scale", (scale / scale.square().mean().sqrt()).to(noise.device))
+        self.values = nn.Parameter(torch.view_as_real(torch.fft.rfft2(noise, norm="ortho")).contiguous())
+
+    def forward(self) -> Tensor:
+        """The images."""
+        images = torch.fft.irfft2(torch.view_as_complex(self.values) * self.scale, s=self.size, norm="ortho")
+        return images.contiguous(memory_format=torch.channels_last)
 
 
 def from_noise(
@@ -50,6 +85,7 @@ def from_noise(
     augment: Callable[[Tensor], Tensor] | None = None,
     bf16: bool = False,
     plateau: float = 0.0,
+    parametrization: Parametrization = "pixels",
 ) -> Tensor:
     """Optimize Gaussian noise into one image per label.
 
@@ -67,6 +103,7 @@ def from_noise(
         bf16: run the teacher in bfloat16 where the processor supports it.
         plateau: end a batch early, in the last quarter of its iterations, when its loss falls by less than this
             fraction within ``PLATEAU`` iterations; 0 never ends early.
+        parametrization: what is optimized, the images' "pixels" or their scaled coefficients, "fourier".
 
     Returns:
         Images in the teacher's normalized space, shape (N, channels, height, width).
@@ -80,19 +117,19 @@ def from_noise(
         phase = "synthesis" if last == 1 else f"synthesis {index + 1}/{last}"
         session.reseed(f"noise {index}")
         noise = torch.randn(len(part), *image_shape).to(part.device)
-        canvas = _Canvas(noise.contiguous(memory_format=torch.channels_last))
-        adjust, schedule = optimizer([canvas.pixels])
+        canvas = Pixels(noise) if parametrization == "pixels" else Fourier(noise)
+        adjust, schedule = optimizer([canvas.values])
         with BatchNormProbe(teacher) as probe:
 
-            def losses(part: Tensor = part, canvas: _Canvas = canvas, probe: BatchNormProbe = probe) -> Losses:
-                images = canvas.pixels if augment is None else augment(canvas.pixels)
+            def losses(part: Tensor = part, canvas: Pixels | Fourier = canvas, probe: BatchNormProbe = probe) -> Losses:
+                images = canvas() if augment is None else augment(canvas())
                 with mixed_precision(part.device, bf16):
                     return objective(images, teacher(images), probe, part)
 
             state: dict[str, Stateful] = {"images": canvas, "optimizer": adjust, "schedule": schedule}
             stop = partial(_is_flat, plateau, steps) if plateau else None
             session.loop(phase, steps, partial(_descend, losses, adjust, schedule), state, finished=stop)
-        made.append(canvas.pixels.detach())
+        made.append(canvas().detach())
     return torch.cat(made)
 
 

@@ -150,3 +150,38 @@ def test_fine_tuning_leaves_batchnorm_statistics_and_moves_steps(teacher: nn.Mod
     before = dict(quantizer.quantizers(outcome.calibrated))
     after = dict(quantizer.quantizers(outcome.model))
     assert any(not torch.equal(after[name].step, before[name].step) for name in after)
+
+
+def test_fourier_images_start_as_noise_whose_amplitudes_fall_with_the_frequency() -> None:
+    noise = torch.randn(4, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+    images = synthesis.Fourier(noise)()
+    ratio = torch.fft.rfft2(images).abs() / torch.fft.rfft2(noise).abs()
+    assert images.shape == noise.shape
+    assert ratio[..., 0, 2].div(ratio[..., 0, 1]).sub(0.5).abs().max() < 1e-4  # two periods in the width, or one
+    assert ratio[..., 3, 0].div(ratio[..., 1, 0]).sub(1 / 3).abs().max() < 1e-4
+    assert ratio[..., 0, 0].div(ratio[..., 0, 1]).sub(1).abs().max() < 1e-4  # the mean counts as one period
+
+
+def test_each_coefficient_of_fourier_images_is_learned() -> None:
+    canvas = synthesis.Fourier(torch.randn(2, 1, 8, 8))
+    target = torch.randn(2, 1, 8, 8)
+    optimizer = torch.optim.LBFGS(canvas.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def distance() -> Tensor:
+        optimizer.zero_grad()
+        gap = (canvas() - target).square().sum()
+        gap.backward()
+        return gap
+
+    optimizer.step(distance)
+    assert (canvas() - target).abs().max() < 1e-3
+
+
+def test_fourier_images_meet_the_statistics_sooner_than_pixels(teacher: nn.Module) -> None:
+    reached = {}
+    for parametrization in ("pixels", "fourier"):
+        session = Session(progress=False)
+        labels = synthesis.balanced_labels(30, 10)
+        synthesis.from_noise(teacher, labels, SHAPE, objective, adam, 40, session, parametrization=parametrization)
+        reached[parametrization] = session.history[-1]["loss"]
+    assert reached["fourier"] < 0.7 * reached["pixels"]

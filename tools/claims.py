@@ -152,13 +152,20 @@ def run_apart(case: Case) -> dict[str, Any]:
         record = json.loads(lines[-1].removeprefix("claims: "))
     except (IndexError, ValueError):
         record = {"claims": [], "error": f"ended with {done.returncode}: {done.stderr.strip()[-300:]}"}
-    return record | {"seconds": round(time.perf_counter() - started, 1), "code": case_digest(case)}
+    return record | {"seconds": round(time.perf_counter() - started, 1), "code": digest(case.path)}
 
 
-def case_digest(case: Case) -> str:
+def digest(path: Path) -> str:
+    """Of a notebook's code."""
     import nbformat
 
-    return code_digest(nbformat.read(case.path, as_version=4))
+    return code_digest(nbformat.read(path, as_version=4))
+
+
+def outdated_runs(name: str, path: Path, runs: dict[str, Any]) -> list[str]:
+    """The runs of a notebook whose code has changed since."""
+    code = digest(path)
+    return [key for key, run in runs.items() if key.startswith(f"{name} seed ") and run["code"] != code]
 
 
 def failures(record: dict[str, Any]) -> Iterator[str]:
@@ -230,7 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
         notebooks = find_notebooks(options.paths or [NOTEBOOKS])
     except FileNotFoundError as error:
         parser.error(str(error))
-    runs = json.loads(options.output.read_text(encoding="utf-8"))["runs"] if options.output.exists() else {}
+    kept = json.loads(options.output.read_text(encoding="utf-8"))["runs"] if options.output.exists() else {}
+    outdated = {key for name, path in find_notebooks([]).items() for key in outdated_runs(name, path, kept)}
+    runs = {key: record for key, record in kept.items() if key not in outdated}
     cases = [
         Case(name, path, seed, processor, threads)
         for name, path in notebooks.items()
@@ -238,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
         for threads in options.threads
         for seed in options.seeds
     ]
-    missing = [case for case in cases if runs.get(case.key, {}).get("code") != case_digest(case)]
+    missing = [case for case in cases if runs.get(case.key, {}).get("code") != digest(case.path)]
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
         pending = {pool.submit(run_apart, case): case for case in ([] if options.table else missing)}
         for done in as_completed(pending):

@@ -15,6 +15,7 @@ import copy
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,10 @@ class Synthesis(BaseSettings):
     synthesis_batch: int = setting(
         256, "images optimized together, at most; BatchNorm statistics are matched over them", low=2
     )
-    synthesis_steps: int = setting(200, "iterations of Adam on the pixels", low=1)
+    parametrization: Literal["pixels", "fourier"] = setting(
+        "pixels", "what is optimized: the images' pixels, or their Fourier coefficients, scaled by 1 / frequency"
+    )
+    synthesis_steps: int = setting(200, "iterations of Adam on the images", low=1)
     synthesis_lr: float = setting(0.1, "their learning rate, which falls to zero along a cosine")
     plateau: float = setting(
         0.01,
@@ -73,7 +77,7 @@ class Settings(Ideas, distillation.QuantizedTuning, Synthesis):
 
 
 BUDGETS = {"quick": Settings(), "published": Settings(images=512, steps=1200)}
-"""No paper is behind "published": it is what a search (benchmarks/search.py) found to pay within minutes."""
+"""No paper is behind "published": it is what a search (results/search.json) found to pay within minutes."""
 
 
 def quantize(task: Task, spec: QuantSpec, settings: Settings) -> Outcome:
@@ -109,6 +113,7 @@ def synthesize(task: Task, settings: Settings, rival: nn.Module | None = None) -
         synthesis.adam(settings.synthesis_lr, settings.synthesis_steps), settings.synthesis_steps,
         task.session, batch=math.ceil(len(labels) / batches), first_batch=0 if rival is None else batches,
         augment=augment, bf16=settings.bf16, plateau=settings.plateau,
+        parametrization=settings.parametrization,
     )  # fmt: skip
     return low_pass(images, settings.low_pass) if settings.low_pass else images
 
