@@ -138,7 +138,8 @@ def _add_result(group: Any) -> None:
     _add_container(group)
     group.add_argument(
         "--evaluate", metavar="DATA",
-        help="compare with the original on a folder of <class>/<image>, or on digits, mnist, cifar10, cifar100, svhn",
+        help="compare with the original on a folder of <class>/<image>, or on digits, mnist, cifar10, cifar100, svhn, "
+        "imagenet",
     )  # fmt: skip
     default = spec.QuantSpec()
     group.add_argument("--bits", default="w4a4", help="bit widths of weights and activations (default: %(default)s)")

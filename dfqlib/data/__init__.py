@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dfqlib.data import folders
+from dfqlib.data.folders import Broken
 from dfqlib.errors import InputError
 from dfqlib.network._torchvision import import_torchvision
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DIGIT_CLASSES = tuple("0123456789")
+IMAGENET_CLASSES = 1000
 
 NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "digits": ((0.3052,), (0.3185,)),
@@ -30,6 +33,7 @@ NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
     "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 """Mean and standard deviation per channel that the networks of ``dfqlib.models`` and the literature use."""
 
@@ -72,23 +76,27 @@ def load_data(
     data_root: str | PathLike[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | str | PathLike[str] | None = None,
+    size: int | None = None,
     batch_size: int = 256,
 ) -> DataLoader[tuple[Tensor, int]]:
     """A data set by name.
 
     Args:
-        name: "digits" (needs no download), "mnist", "cifar10", "cifar100", "svhn", or "folder:<path>".
+        name: "digits" (needs no download), "mnist", "cifar10", "cifar100", "svhn", "imagenet", or "folder:<path>".
         split: "train" or "test"; ignored for a folder.
         data_root: folder of torchvision's data sets, downloaded if missing; None for the environment variable
-            DFQLIB_DATA, or else ``~/.cache/dfqlib``.
+            DFQLIB_DATA, or else ``~/.cache/dfqlib``. ImageNet is not downloaded: ``imagenet/val/<wnid>/<image>`` must
+            be in it, and ``imagenet/classes.txt`` with all 1,000 names if folders are missing.
         mean: per channel, of images in [0, 1]; None for ``NORMALIZATION[name]``. A folder requires it.
         std: likewise.
-        classes: for a folder, see :func:`image_folder`.
+        classes: for a folder and ImageNet, see :func:`image_folder`.
+        size: for a folder and ImageNet (None for 224 there), see :func:`image_folder`.
         batch_size: images per batch.
 
     Returns:
-        DataLoader over an :class:`ImageDataset`; batches of images (B, C, H, W) and labels (B,).
+        DataLoader over an :class:`ImageDataset` or a ``folders.FolderDataset``; batches of images (B, C, H, W) and
+        labels (B,).
 
     Raises:
         InputError: unknown name or split, data neither on disk nor downloadable, a folder without mean and std.
@@ -100,61 +108,91 @@ def load_data(
     if name.startswith("folder:"):
         if mean is None or std is None:
             raise InputError(f'dataset="{name}" needs mean= and std=, those the network was trained with')
-        return image_folder(name.removeprefix("folder:"), mean, std, batch_size, classes)
+        return image_folder(name.removeprefix("folder:"), mean, std, size, classes, batch_size=batch_size)
     if name not in NORMALIZATION:
         raise InputError(f'dataset="{name}" is unknown; known are {", ".join(NORMALIZATION)} and "folder:<path>"')
-    images, labels, own_classes = _digits(split) if name == "digits" else _from_torchvision(name, split, data_root)
     own_mean, own_std = NORMALIZATION[name]
-    dataset = ImageDataset(
-        images, labels, own_classes, own_mean if mean is None else mean, own_std if std is None else std
-    )
-    return DataLoader(dataset, batch_size)
+    mean, std = own_mean if mean is None else mean, own_std if std is None else std
+    root = Path(data_root or os.environ.get("DFQLIB_DATA") or Path.home() / ".cache" / "dfqlib")
+    if name == "imagenet":
+        return _imagenet(root / "imagenet", split, mean, std, size or 224, classes, batch_size)
+    images, labels, own_classes = _digits(split) if name == "digits" else _from_torchvision(name, split, root)
+    return DataLoader(ImageDataset(images, labels, own_classes, mean, std), batch_size)
 
 
 def image_folder(
     path: str | PathLike[str],
     mean: Sequence[float],
     std: Sequence[float],
+    size: int | None = None,
+    classes: Sequence[str] | str | PathLike[str] | None = None,
+    *,
+    resize: int | None = None,
     batch_size: int = 256,
-    classes: Sequence[str] | None = None,
+    workers: int = 0,
+    broken: Broken = "raise",
 ) -> DataLoader[tuple[Tensor, int]]:
-    """Images of a folder ``<class>/<image>``, ordered by class and file name and decoded into memory once.
+    """Images of a folder ``<class>/<image>``, ordered by class and file name.
+
+    Without ``size`` all images must be of one size and are read into memory once. With it they are read as they are
+    needed, so that memory does not grow with their number: each is scaled to ``resize`` and its center is cropped.
 
     Args:
         path: folder with one folder per class.
         mean: per channel, of images in [0, 1]. One value reads the images as gray, three as RGB.
         std: likewise.
+        size: height and width of the crop, in pixels, for example 224.
+        classes: class names in the order of the network's outputs, of which the folder may have a subset, or a text
+            file with one name per line. None numbers the sorted folder names.
+        resize: length of an image's shorter side before the crop; None for 8/7 of ``size`` (256 for 224), 0 crops the
+            images as they are.
         batch_size: images per batch.
-        classes: class names in the order of the network's outputs, of which the folder may have a subset. None
-            numbers the sorted folder names.
+        workers: processes that read images, with ``size``; 0 reads them in this one.
+        broken: with ``size``, "raise" at the first image that cannot be read, or "skip" such images and name them in
+            one warning at the end of each pass.
 
     Returns:
-        DataLoader over an :class:`ImageDataset`.
+        DataLoader over an :class:`ImageDataset`, or with ``size`` over a ``folders.FolderDataset``.
 
     Raises:
         InputError: a missing or empty folder or class, a folder that is not a class, a file that is not an image,
-            images of different sizes.
+            images of different sizes, or smaller than the crop.
 
     Taught in notebook 07.
     """
     _require_normalization(mean, std)
-    what = f'image folder "{path}"'
-    if not Path(path).is_dir():
-        raise InputError(f"{what} does not exist; give a folder that holds <class>/<image>")
-    try:
-        found = _folder(str(path))
-    except OSError as error:
-        raise InputError(f"{what} must hold <class>/<image>: {str(error).splitlines()[0]}") from None
-    names = tuple(found.classes if classes is None else classes)
+    if broken not in ("raise", "skip"):
+        raise InputError(f'broken={broken!r} must be "raise" or "skip"')
+    files, folders_of, folder_names = folders.find_images(str(path))
+    names = _class_names(folder_names, classes, f'image folder "{path}"')
+    labels = [names.index(folder_names[folder]) for folder in folders_of]
+    if size is None:
+        if resize is not None:
+            raise InputError(f"resize={resize} needs size=, the height and width of the crop")
+        images = folders.read_all(files, "L" if len(mean) == 1 else "RGB")
+        return DataLoader(ImageDataset(images, torch.tensor(labels), names, mean, std), batch_size)
+    resize = round(size * 8 / 7) if resize is None else resize
+    if size < 1 or 0 < resize < size or resize < 0:
+        raise InputError(f"size={size}, resize={resize}: images must not be smaller than the crop; raise resize")
+    dataset = folders.FolderDataset(files, labels, names, mean, std, size, resize)
+    return folders.FolderLoader(dataset, batch_size, workers, broken)
+
+
+def _class_names(found: Sequence[str], classes: Sequence[str] | str | PathLike[str] | None, what: str) -> list[str]:
+    """The names of all classes, in the order of the network's outputs."""
+    if isinstance(classes, str | PathLike):
+        try:
+            lines = Path(classes).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise InputError(f'classes="{classes}" is no text file with a class name per line') from None
+        classes = [line.strip() for line in lines if line.strip()]
+    names = list(found if classes is None else classes)
     if len(set(names)) < len(names):
         raise InputError(f"classes: {max(names, key=names.count)!r} is named twice; give each class once")
-    unknown = [c for c in found.classes if c not in names]
+    unknown = [name for name in found if name not in names]
     if unknown:
         raise InputError(f"{what} holds {', '.join(unknown[:5])}, not among classes= ({', '.join(names[:10])}, …)")
-    position = [names.index(c) for c in found.classes]
-    images = _decode([Path(file) for file, _ in found.samples], "L" if len(mean) == 1 else "RGB")
-    labels = torch.tensor([position[folder] for _, folder in found.samples])
-    return DataLoader(ImageDataset(images, labels, names, mean, std), batch_size)
+    return names
 
 
 def images_and_labels(loader: DataLoader[tuple[Tensor, int]], limit: int | None = None) -> tuple[Tensor, Tensor]:
@@ -238,11 +276,28 @@ def _digits(split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     return images, torch.from_numpy(bunch.target)[chosen].long(), DIGIT_CLASSES
 
 
-def _from_torchvision(
-    name: str, split: str, data_root: str | PathLike[str] | None
-) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def _imagenet(
+    root: Path, split: str, mean: Sequence[float], std: Sequence[float], size: int,
+    classes: Sequence[str] | str | PathLike[str] | None, batch_size: int,
+) -> DataLoader[tuple[Tensor, int]]:  # fmt: skip
+    """ImageNet's folders, of which some may be missing where the names of all classes are known."""
+    folder = root / ("val" if split == "test" else "train")
+    if not folder.is_dir():
+        raise InputError(f'dataset="imagenet" needs the folder {folder} with <wnid>/<image>; give data_root=')
+    if classes is None and (root / "classes.txt").is_file():
+        classes = root / "classes.txt"
+    loader = image_folder(folder, mean, std, size, classes, batch_size=batch_size)
+    count = len(loader.dataset.classes)  # type: ignore[attr-defined]
+    if count != IMAGENET_CLASSES:
+        raise InputError(
+            f'dataset="imagenet" has {count} classes in {folder}, not {IMAGENET_CLASSES:,}: give classes=, a file with '
+            f"the names of all in the order of the network's outputs, or put it at {root / 'classes.txt'}"
+        )
+    return loader
+
+
+def _from_torchvision(name: str, split: str, root: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Images (N, C, H, W) as bytes, labels, class names; torchvision downloads and checks missing files."""
-    root = Path(data_root or os.environ.get("DFQLIB_DATA") or Path.home() / ".cache" / "dfqlib")
     datasets = import_torchvision().datasets
     try:
         if name == "svhn":
@@ -260,53 +315,3 @@ def _from_torchvision(
     if name == "mnist":
         return found.data[:, None], labels, DIGIT_CLASSES
     return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), labels, tuple(found.classes)
-
-
-def _folder(path: str) -> Any:
-    """torchvision's ImageFolder without hidden folders and files."""
-    datasets = import_torchvision().datasets
-
-    class Visible(datasets.ImageFolder):  # type: ignore[name-defined]
-        def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
-            names, _ = super().find_classes(directory)
-            names = [name for name in names if not name.startswith(".")]
-            if not names:
-                raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
-            return names, {name: index for index, name in enumerate(names)}
-
-    def is_image(file: str) -> bool:
-        return not Path(file).name.startswith(".") and datasets.folder.is_image_file(file)
-
-    return Visible(path, is_valid_file=is_image)
-
-
-def _decode(files: Sequence[Path], mode: str) -> Tensor:
-    """Files to one uint8 tensor (N, C, H, W); ``mode`` is Pillow's, "L" or "RGB"."""
-    from PIL import Image
-
-    arrays: list[np.ndarray] = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                arrays.append(_pixels(image, mode))
-        except InputError as error:
-            raise InputError(f'"{file}" {error}') from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            raise InputError(f'"{file}" is no image that can be read; remove it or save it again') from None
-        if arrays[-1].shape != arrays[0].shape:
-            sizes = ["{1}x{0}".format(*a.shape) for a in (arrays[-1], arrays[0])]
-            raise InputError(f'"{file}" is {sizes[0]}, the images before it {sizes[1]}; make all of one size')
-    stacked = torch.from_numpy(np.stack(arrays))
-    return stacked[:, None] if mode == "L" else stacked.permute(0, 3, 1, 2).contiguous()
-
-
-def _pixels(image: Any, mode: str) -> np.ndarray:
-    """Bytes of shape (H, W) or (H, W, 3), rotated as EXIF says; 16 bits are rounded to 8."""
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise InputError(f"has 32-bit numbers (mode {image.mode}) of unknown range; save it with 8 or 16 bits")
-    return np.asarray(image.convert(mode))

@@ -137,8 +137,8 @@ def test_damaged_files_under_the_data_root_are_an_input_error(tmp_path: Path) ->
 
 
 def test_unknown_names_and_splits_list_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"imagenet.*digits, mnist, cifar10, cifar100, svhn.*folder:<path>"):
-        data.load_data("imagenet")
+    with pytest.raises(InputError, match=r"letters.*digits, mnist, cifar10, cifar100, svhn, imagenet.*folder:<path>"):
+        data.load_data("letters")
     with pytest.raises(InputError, match=r'split="validation".*"train" or "test"'):
         data.load_data("digits", "validation")
 
