@@ -73,10 +73,10 @@ def quantize(options: argparse.Namespace) -> int:
         check_exportable(model, spec, info.image_shape)
     reference = None
     if options.evaluate is not None:
-        loader = labeled_images(options.evaluate, model, info)
+        loader = labeled_images(options.evaluate, model, info, options.resize)
         reference = _Reference(loader, *predict_classes(model, loader))
     if options.images is not None:
-        given = labeled_images(options.images, model, info, "--images", "train")
+        given = labeled_images(options.images, model, info, options.resize, "--images", "train")
         settings["images"] = torch.cat([images for images, _ in given])
     if as_integers and options.recipe == "express":
         settings.setdefault("integer_share", INTEGER_SHARE)
@@ -145,7 +145,7 @@ def export(options: argparse.Namespace) -> int:
     if options.evaluate is not None:
         described: dict[str, Any] = {name: tuple(saved[name] or ()) for name in PREPROCESSING}
         info = models.ModelInfo(saved["arch"] or "", type(network), (channels, height, width), **described)
-        loader = labeled_images(options.evaluate, network, info)
+        loader = labeled_images(options.evaluate, network, info, options.resize)
         images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
         print(f"\non {options.evaluate}:\n{verify_export(network, written, images, labels)}")
     return 0

@@ -141,6 +141,7 @@ def _add_result(group: Any) -> None:
         help="compare with the original on a folder of <class>/<image>, or on digits, mnist, cifar10, cifar100, svhn, "
         "imagenet",
     )  # fmt: skip
+    _add_resize(group)
     default = spec.QuantSpec()
     group.add_argument("--bits", default="w4a4", help="bit widths of weights and activations (default: %(default)s)")
     group.add_argument(
@@ -168,6 +169,15 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", metavar="NAME", help="as for quantize; needed for an architecture of your own")
     parser.add_argument("--image-shape", type=_shape, metavar="C,H,W", help="shape of an image (default: as quantized)")
     parser.add_argument("--evaluate", metavar="DATA", help="check the file on these images: agreement, size, speed")
+    _add_resize(parser)
+
+
+def _add_resize(group: Any) -> None:
+    group.add_argument(
+        "--resize", type=int, metavar="N",
+        help="scale the shorter side of a folder's images to N pixels and crop their center to the network's size (256 "
+        "is usual for 224; default: the images have the network's size)",
+    )  # fmt: skip
 
 
 def _add_container(group: Any) -> None:

@@ -68,7 +68,12 @@ def build_own(arch: str) -> nn.Module:
 
 
 def labeled_images(
-    name: str, model: nn.Module, info: ModelInfo, option: str = "--evaluate", split: str = "test"
+    name: str,
+    model: nn.Module,
+    info: ModelInfo,
+    resize: int | None = None,
+    option: str = "--evaluate",
+    split: str = "test",
 ) -> Batches:
     """The images that an option names, checked against the network.
 
@@ -76,6 +81,7 @@ def labeled_images(
         name: a folder of ``<class>/<image>``, or a data set of ``data.load_data``.
         model: the network.
         info: its preprocessing.
+        resize: of ``--resize``.
         option: for messages.
         split: of a data set.
 
@@ -90,7 +96,7 @@ def labeled_images(
     if is_folder and not (info.mean and info.std):
         raise InputError(f"{what} needs --mean and --std, those the network was trained with")
     source = f"folder:{name.removeprefix('folder:')}" if is_folder else name
-    loader = info.load_images(source, split, what=what)
+    loader = info.load_images(source, split, resize=resize, what=what)
     outputs = predict(model, next(iter(loader))[0][:1]).shape[1]
     names = len(loader.dataset.classes)  # type: ignore[attr-defined]
     if outputs != names:

@@ -78,6 +78,7 @@ def load_data(
     std: Sequence[float] | None = None,
     classes: Sequence[str] | str | PathLike[str] | None = None,
     size: int | None = None,
+    resize: int | None = None,
     batch_size: int = 256,
 ) -> DataLoader[tuple[Tensor, int]]:
     """A data set by name.
@@ -92,6 +93,7 @@ def load_data(
         std: likewise.
         classes: for a folder and ImageNet, see :func:`image_folder`.
         size: for a folder and ImageNet (None for 224 there), see :func:`image_folder`.
+        resize: likewise.
         batch_size: images per batch.
 
     Returns:
@@ -108,14 +110,16 @@ def load_data(
     if name.startswith("folder:"):
         if mean is None or std is None:
             raise InputError(f'dataset="{name}" needs mean= and std=, those the network was trained with')
-        return image_folder(name.removeprefix("folder:"), mean, std, size, classes, batch_size=batch_size)
+        return image_folder(
+            name.removeprefix("folder:"), mean, std, size, classes, resize=resize, batch_size=batch_size
+        )
     if name not in NORMALIZATION:
         raise InputError(f'dataset="{name}" is unknown; known are {", ".join(NORMALIZATION)} and "folder:<path>"')
     own_mean, own_std = NORMALIZATION[name]
     mean, std = own_mean if mean is None else mean, own_std if std is None else std
     root = Path(data_root or os.environ.get("DFQLIB_DATA") or Path.home() / ".cache" / "dfqlib")
     if name == "imagenet":
-        return _imagenet(root / "imagenet", split, mean, std, size or 224, classes, batch_size)
+        return _imagenet(root / "imagenet", split, mean, std, size or 224, resize, classes, batch_size)
     images, labels, own_classes = _digits(split) if name == "digits" else _from_torchvision(name, split, root)
     return DataLoader(ImageDataset(images, labels, own_classes, mean, std), batch_size)
 
@@ -277,7 +281,7 @@ def _digits(split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
 
 
 def _imagenet(
-    root: Path, split: str, mean: Sequence[float], std: Sequence[float], size: int,
+    root: Path, split: str, mean: Sequence[float], std: Sequence[float], size: int, resize: int | None,
     classes: Sequence[str] | str | PathLike[str] | None, batch_size: int,
 ) -> DataLoader[tuple[Tensor, int]]:  # fmt: skip
     """ImageNet's folders, of which some may be missing where the names of all classes are known."""
@@ -286,7 +290,7 @@ def _imagenet(
         raise InputError(f'dataset="imagenet" needs the folder {folder} with <wnid>/<image>; give data_root=')
     if classes is None and (root / "classes.txt").is_file():
         classes = root / "classes.txt"
-    loader = image_folder(folder, mean, std, size, classes, batch_size=batch_size)
+    loader = image_folder(folder, mean, std, size, classes, resize=resize, batch_size=batch_size)
     count = len(loader.dataset.classes)  # type: ignore[attr-defined]
     if count != IMAGENET_CLASSES:
         raise InputError(

@@ -52,7 +52,13 @@ class ModelInfo:
     source: str = ""
 
     def load_images(
-        self, dataset: str, split: str = "test", *, data_root: str | PathLike[str] | None = None, what: str = ""
+        self,
+        dataset: str,
+        split: str = "test",
+        *,
+        data_root: str | PathLike[str] | None = None,
+        resize: int | None = None,
+        what: str = "",
     ) -> DataLoader[tuple[Tensor, int]]:
         """The labeled images of ``data.load_data``, with the network's preprocessing and class order.
 
@@ -60,17 +66,23 @@ class ModelInfo:
             dataset: as in ``data.load_data``.
             split: likewise.
             data_root: likewise.
+            resize: scale the shorter side of a folder's images to this many pixels and crop their center to the
+                network's size; None takes them as they are.
             what: name of the images in messages; ``dataset="..."`` when empty.
 
         Raises:
             InputError: as ``data.load_data``, or the images have another shape than the network takes.
         """
         known: dict[str, Any] = {name: getattr(self, name) or None for name in ("mean", "std", "classes")}
-        loader = load_data(dataset, split, data_root=data_root, **known)
+        size = self.image_shape[1] if resize is not None or dataset == "imagenet" else None
+        loader = load_data(dataset, split, data_root=data_root, size=size, resize=resize, **known)
         found = tuple(next(iter(loader))[0].shape[1:])
         if found != tuple(self.image_shape):
             what = what or f'dataset="{dataset}"'
-            raise InputError(f"{what} has images of shape {found}, the network takes {self.image_shape}; resize them")
+            raise InputError(
+                f"{what} has images of shape {found}, the network takes {self.image_shape}; resize them (a folder's: "
+                "resize=, --resize)"
+            )
         return loader
 
 

@@ -136,6 +136,18 @@ def test_a_real_checkpoint_is_compared_on_real_images(
     assert dfqlib.load_quantized(tmp_path / "q.pt").meta["saved"]["arch"] == "cifar10_resnet20"
 
 
+def test_photographs_of_any_size_are_scaled_and_cropped(dfq: Callable[..., Result], mynet: Path) -> None:
+    Image.new("RGB", (9, 7)).save(mynet / "photos" / "day" / "2.png")
+    own = ("--arch", "mynet:build", "--image-shape", "3,6,6", "--classes", "day,night", "--quiet", *TINY)
+    found = ("--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2", "--evaluate", "photos")
+    refused = dfq("quantize", "my.pt", *own, *found, "--output", "q.pt")
+    assert refused.code == 2
+    assert "make all of one size" in refused.err
+    result = dfq("quantize", "my.pt", *own, *found, "--resize", "7", "--output", "q.pt")
+    assert (result.code, result.err) == (0, "")
+    assert "on 3 images of photos" in result.out
+
+
 def test_an_architecture_of_ones_own(dfq: Callable[..., Result], mynet: Path) -> None:
     result = dfq(
         "quantize", "my.pt", "--arch", "mynet:build", "--image-shape", "3,6,6", "--mean", "0.5,0.5,0.5",
