@@ -92,7 +92,8 @@ def read_all(files: Sequence[Path], mode: str) -> Tensor:
         if images[-1].shape != images[0].shape:
             sizes = ["{2}x{1}".format(*image.shape) for image in (images[-1], images[0])]
             raise InputError(
-                f'"{file}" is {sizes[0]}, the images before it {sizes[1]}; make all of one size, or give size= (--resize)'
+                f'"{file}" is {sizes[0]}, the images before it {sizes[1]}; make all of one size, or give size= '
+                "(--resize)"
             )
     return torch.stack(images)
 
