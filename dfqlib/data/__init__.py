@@ -115,6 +115,8 @@ def load_data(
         )
     if name not in NORMALIZATION:
         raise InputError(f'dataset="{name}" is unknown; known are {", ".join(NORMALIZATION)} and "folder:<path>"')
+    if name != "imagenet" and (size is not None or resize is not None):
+        raise InputError(f'size={size}, resize={resize}: dataset="{name}" has one size; they are for folders')
     own_mean, own_std = NORMALIZATION[name]
     mean, std = own_mean if mean is None else mean, own_std if std is None else std
     root = Path(data_root or os.environ.get("DFQLIB_DATA") or Path.home() / ".cache" / "dfqlib")
@@ -175,8 +177,11 @@ def image_folder(
             raise InputError(f"resize={resize} needs size=, the height and width of the crop")
         images = folders.read_all(files, "L" if len(mean) == 1 else "RGB")
         return DataLoader(ImageDataset(images, torch.tensor(labels), names, mean, std), batch_size)
+    for argument, value, least in (("size", size, 1), ("resize", resize, 0), ("workers", workers, 0)):
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < least):
+            raise InputError(f"{argument}={value!r} must be a whole number of at least {least}")
     resize = round(size * 8 / 7) if resize is None else resize
-    if size < 1 or 0 < resize < size or resize < 0:
+    if 0 < resize < size:
         raise InputError(f"size={size}, resize={resize}: images must not be smaller than the crop; raise resize")
     dataset = folders.FolderDataset(files, labels, names, mean, std, size, resize)
     return folders.FolderLoader(dataset, batch_size, workers, broken)

@@ -80,8 +80,8 @@ class ModelInfo:
         if found != tuple(self.image_shape):
             what = what or f'dataset="{dataset}"'
             raise InputError(
-                f"{what} has images of shape {found}, the network takes {self.image_shape}; resize them (a folder's: "
-                "resize=, --resize)"
+                f"{what} has images of shape {found}, the network takes {self.image_shape}; resize them, or "
+                "have those of a folder scaled and cropped by resize= (--resize)"
             )
         return loader
 

@@ -32,6 +32,7 @@ class BaseSettings:
     A subclass is a frozen dataclass whose fields are made by ``setting``; a field of a base class that gets a plain new
     default keeps its meaning and bounds. All fields are listed in the docstring, and checked when an instance is made:
     a field declared ``int`` must be whole, ``float`` a number, ``bool`` True or False, ``Literal`` one of its words.
+    What recipes with given images inherit is declared with ``eq=False``, since images cannot be compared by ``==``.
 
     Attributes:
         meanings: what each field means and which values it takes, by name.

@@ -91,7 +91,10 @@ def test_an_image_is_scaled_up_to_the_crop_or_refused_where_nothing_is_scaled(fo
     ("options", "message"),
     [
         ({"size": 28, "resize": 20}, "size=28, resize=20.*raise resize"),
-        ({"size": 0}, "size=0"),
+        ({"size": 0}, "size=0 must be a whole number of at least 1"),
+        ({"size": 28.0}, r"size=28\.0 must be a whole number"),
+        ({"size": 28, "resize": -1}, "resize=-1 must be a whole number of at least 0"),
+        ({"size": 28, "workers": -1}, "workers=-1 must be a whole number of at least 0"),
         ({"resize": 32}, "resize=32 needs size="),
         ({"size": 28, "broken": "ignore"}, "broken='ignore' must be"),
         ({"size": 28, "classes": "absent.txt"}, 'classes="absent.txt" is no text file'),
@@ -101,6 +104,11 @@ def test_an_image_is_scaled_up_to_the_crop_or_refused_where_nothing_is_scaled(fo
 def test_options_that_cannot_be_used_are_named(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read(folder, **options)
+
+
+def test_a_data_set_of_one_size_takes_no_size() -> None:
+    with pytest.raises(InputError, match=r'size=None, resize=20: dataset="digits" has one size'):
+        data.load_data("digits", resize=20)
 
 
 def test_imagenet_is_read_where_all_classes_are_known(folder: Path, tmp_path: Path) -> None:

@@ -42,6 +42,16 @@ def gradients(network: nn.Module, images: Tensor, parameters: list[Tensor]) -> t
     return logits.detach(), list(torch.autograd.grad(logits.square().sum(), parameters))
 
 
+def same_to_rounding(model: nn.Module, spec: QuantSpec, images: torch.Tensor) -> None:
+    student = quantize_layers(model, spec).double().requires_grad_(True)
+    quantizer.calibrate(student, images)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    (plain, expected), (ours, found) = (gradients(n, images, parameters) for n in (student, fused(student)))
+    torch.testing.assert_close(ours, plain)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
 SPECS: list[dict[str, Any]] = [{}, {"granularity": "channel", "edge_bits": 4}, {"skip": "float"}, {"scheme": "affine"}]
 
 
@@ -50,13 +60,7 @@ SPECS: list[dict[str, Any]] = [{}, {"granularity": "channel", "edge_bits": 4}, {
 def test_values_and_gradients_are_the_same_to_rounding(name: str, spec: dict[str, Any]) -> None:
     model, shape = (teacher(), (3, 8, 8)) if name == "net" else (dfqlib.load_model("digits_resnet8"), (1, 16, 16))
     images = torch.randn(16, *shape).double()  # so that sums which nearly cancel can be compared, too
-    student = quantize_layers(model, QuantSpec.parse("w4a4", **spec)).double().requires_grad_(True)
-    quantizer.calibrate(student, images)
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    (plain, expected), (ours, found) = (gradients(n, images, parameters) for n in (student, fused(student)))
-    torch.testing.assert_close(ours, plain)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+    same_to_rounding(model, QuantSpec.parse("w4a4", **spec), images)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
@@ -68,13 +72,7 @@ def test_dead_channels_are_the_same_too(granularity: Any) -> None:
     model.conv.weight.data[2] = 0.0
     model.bn.running_var[3] = 0.0
     images = torch.randn(16, 3, 8, 8).double()
-    student = quantize_layers(model, QuantSpec(4, 4, granularity=granularity)).double().requires_grad_(True)
-    quantizer.calibrate(student, images)
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    (plain, expected), (ours, found) = (gradients(n, images, parameters) for n in (student, fused(student)))
-    torch.testing.assert_close(ours, plain)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+    same_to_rounding(model, QuantSpec(4, 4, granularity=granularity), images)
 
 
 def test_a_channel_that_is_zero_whatever_the_image_can_learn_again() -> None:
