@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from dfqlib.training.machine import processor
+from dfqlib.training import machine
+from dfqlib.training.files import written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("DFQLIB_DATA") or ROOT.parent / "shared" / "data")
@@ -113,10 +114,9 @@ def rows_of(path: Path) -> list[Row]:
 def save(path: Path, rows: Sequence[Row]) -> None:
     """Write a results file; a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     text = json.dumps({"rows": rows}, indent=1, default=dataclasses.asdict)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def provenance(device: torch.device | str) -> Row:
@@ -127,7 +127,7 @@ def provenance(device: torch.device | str) -> Row:
             versions[package] = version(package)
         except PackageNotFoundError:  # onnx and onnxruntime are extras
             continue
-    return {"command": command(), "commit": commit(), "device": processor(device), "versions": versions}
+    return {"command": command(), "commit": commit(), "device": machine.processor(device), "versions": versions}
 
 
 def command() -> str:
@@ -149,8 +149,4 @@ def commit() -> str:
 
 def peak_gb() -> float:
     """The most memory that this process has had; Linux's ru_maxrss would count the process that started it, too."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return float(line.split()[1]) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    return machine.peak_gb() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9

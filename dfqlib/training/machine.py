@@ -6,6 +6,8 @@ ATEN_CPU_CAPABILITY=avx2``); the name and ``has_bfloat16`` take them into accoun
 
 import os
 import platform
+import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -52,3 +54,12 @@ def has_bfloat16(device: torch.device) -> bool:
         return False
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return native and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def peak_gb(process: int | str = "self") -> float | None:
+    """The most memory that a process has held so far, in GB, as Linux counts it; None elsewhere."""
+    with suppress(OSError):
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+        peak = re.search(r"VmHWM:\s+(\d+)", status)
+        return int(peak[1]) / 1e6 if peak else None
+    return None

@@ -20,6 +20,7 @@ import dfqlib
 from dfqlib.errors import InputError
 from dfqlib.lessons.reruns.parameters import import_extra, read_notebook, read_parameters
 from dfqlib.training.files import check_writable, written_whole
+from dfqlib.training.machine import peak_gb
 
 __all__ = ["SUFFIXES", "Job", "Run", "check_output", "displayed_json", "run_jobs"]
 
@@ -123,7 +124,7 @@ def _run(job: Job, kernels: dict[str, Any], stopped: threading.Event, tick: Call
             raise RuntimeError("interrupted")
 
     def end(**_: Any) -> None:
-        peak.append(_peak_gb(kernels[job.name].provisioner.pid))
+        peak.append(peak_gb(kernels[job.name].provisioner.pid))
         tick()
 
     start = time.perf_counter()
@@ -153,15 +154,7 @@ def _run(job: Job, kernels: dict[str, Any], stopped: threading.Event, tick: Call
     return Run(job, _write_results(job, time.perf_counter() - start, peak[-1], error))
 
 
-def _peak_gb(process: int) -> float | None:
-    """The most memory that a process has held so far, as Linux counts it; None elsewhere."""
-    with suppress(OSError):
-        peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text(encoding="utf-8"))
-        return round(int(peak[1]) / 1e6, 3) if peak else None
-    return None
-
-
-def _write_results(job: Job, seconds: float, peak_gb: float | None, error: str | None) -> dict[str, Any]:
+def _write_results(job: Job, seconds: float, memory: float | None, error: str | None) -> dict[str, Any]:
     """Write the page and the .json beside the executed notebook; returns what the .json holds."""
     from nbconvert import HTMLExporter
 
@@ -173,7 +166,7 @@ def _write_results(job: Job, seconds: float, peak_gb: float | None, error: str |
         "notebook": job.name,
         "parameters": {name: known.default for name, known in read_parameters(source).items()} | job.parameters,
         "seconds": round(seconds, 1),
-        "peak_gb": peak_gb,
+        "peak_gb": None if memory is None else round(memory, 3),
         "error": error,
         "versions": {"python": platform.python_version(), "dfqlib": dfqlib.__version__} | versions,
         "results": displayed_json(notebook),
