@@ -138,6 +138,8 @@ def run_notebook(path: Path, seed: int) -> dict[str, Any]:
 
 def run_apart(case: Case) -> dict[str, Any]:
     """The record of a case, from a process that stands on its processor."""
+    from dfqlib.training.machine import processor
+
     environment = {
         **os.environ,
         "MPLBACKEND": "agg",
@@ -152,7 +154,8 @@ def run_apart(case: Case) -> dict[str, Any]:
         record = json.loads(lines[-1].removeprefix("claims: "))
     except (IndexError, ValueError):
         record = {"claims": [], "error": f"ended with {done.returncode}: {done.stderr.strip()[-300:]}"}
-    return record | {"seconds": round(time.perf_counter() - started, 1), "code": digest(case.path)}
+    seconds = round(time.perf_counter() - started, 1)
+    return record | {"seconds": seconds, "code": digest(case.path), "device": processor()}
 
 
 def digest(path: Path) -> str:
@@ -181,7 +184,12 @@ def failures(record: dict[str, Any]) -> Iterator[str]:
 def table(runs: dict[str, Any]) -> str:
     """Every claim: on how many runs it held, its smallest margin and the spread of its margins."""
     lines = ["# What the lessons claim, on other seeds and processors", ""]
+    machines = sorted({record["device"] for record in runs.values() if "device" in record})
     lines += ["Written by `python tools/claims.py`; margins are in the units of what is compared.", ""]
+    lines += [
+        f"Computed on: {'; '.join(machines)}. AVX2 and SSE41 limit PyTorch there to an older processor's kernels.",
+        "",
+    ]
     by_notebook: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for key, record in sorted(runs.items()):
         name, _, where = key.partition(" seed ")
